@@ -1,0 +1,766 @@
+"""I-JEPA in one file: images in, representations out, no labels and no hand-made augmentations.
+
+Paper: Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive
+Architecture", CVPR 2023. Sections, equations and tables below are those of the paper.
+
+The idea. Hide several blocks of an image, and predict them from what is left: not their pixels,
+but their *representations*, as another network sees them. That network, the target encoder, is a
+slow-moving average of the one being trained, so there is something stable to predict, and nothing
+pays for describing what no context could foretell (the exact texture of the grass).
+
+The algorithm, one step (Section 3; the names are those of the code):
+
+    1. context_idx, target_idx = masks.sample(B)        M target blocks, a context without them
+    2. targets     = LN(target_encoder(images))[target_idx]                 whole image, no gradient
+    3. context     = encoder(images, keep=context_idx)              sees the context patches only
+    4. predictions = predictor(context, context_idx, target_idx)    "what is at these places?"
+    5. loss        = mean distance between predictions and targets
+    6. one optimizer step on encoder and predictor
+    7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
+
+Letters, in every shape comment of this file:
+
+    B  images in the batch            K  context patches an image, the same for all
+    H  rows of patches, W  columns    M  target blocks an image
+    N  patches an image, H * W        T  patches a target block, the same for all
+    D  width of the encoder           P  width of the predictor
+    L  layers, h  attention heads     C  channels, p  side of a patch in pixels
+
+Where this differs from the paper (P) or from the code its authors released (R), on purpose:
+
+    D1 (P)  The loss is smooth L1 between predictions and LayerNormed targets, averaged over all
+            elements, as in R. The paper writes a squared L2 distance: `loss="l2"`.
+    D2 (P)  Weight decay rises along a cosine, as in R; the paper says "linearly".
+    D3 (R)  Blocks are placed uniformly over every position, the last row and column included, and
+            so is the context block. R never shows the last row and column to anyone, and keeps
+            the context block in the top left corner.
+    D4 (R)  Scale and aspect ratio of a block are drawn independently; R sets both from one number.
+    D5 (R)  The context has K patches whatever the batch size; what is too many is dropped at
+            random. R cuts every mask of a batch to the shortest one and keeps the first patches
+            in raster order: the context loses its lower half, and more so in larger batches.
+    D6 (R)  Context and targets never overlap; an image whose targets leave too little is drawn
+            again. R gives up after 20 draws and lets them overlap. Settings with which that could
+            go on for long are refused beforehand, so no setting can loop forever.
+    D7 (R)  The residual branches of layer l start 1/sqrt(2 l) smaller. R means to, and then
+            initializes a second time without.
+    D8 (R)  Positions are evaluated for the grid at hand, so other image sizes and non-square
+            images work. R interpolates, on the assumption of a class token that is not there.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+# ------------------------------------------------------------------------------- configuration
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A side, or (rows, columns), as (rows, columns)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def grid_of(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches down and across an image. Raises ValueError if they do not fill it exactly."""
+    height, width = pair(img_size)
+    if patch_size < 1 or height < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+@dataclass(frozen=True)
+class IJEPAConfig:
+    """The architecture: everything needed to build the three networks. Checked on construction."""
+
+    img_size: int | tuple[int, int] = 224  # pixels; the grid that the positions are scaled to
+    patch_size: int = 16  # pixels
+    in_chans: int = 3
+    embed_dim: int = 768  # D
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    predictor_dim: int = 384  # P: narrow on purpose (Table 14)
+    predictor_depth: int = 6  # Table 12
+    predictor_heads: int = 12  # as many as the encoder (Appendix A.1)
+    target: str = "representation"  # or "pixels", to see what is lost (Table 7)
+    target_mask: str = "output"  # or "input": the target encoder sees one block alone (Table 11)
+    target_layers: int = 1  # average the last n layers; more than 1 is not in the paper
+    loss: str = "smooth_l1"  # or "l2" (D1)
+    norm_eps: float = 1e-6
+    init_std: float = 0.02  # of all weight matrices; narrow networks start better with more
+
+    def __post_init__(self):
+        grid_of(self.img_size, self.patch_size)
+        choices = {
+            "target": ("representation", "pixels"),
+            "target_mask": ("output", "input"),
+            "loss": ("smooth_l1", "l2"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {allowed}")
+        for part, dim, heads in (
+            ("embed_dim", self.embed_dim, self.num_heads),
+            ("predictor_dim", self.predictor_dim, self.predictor_heads),
+        ):
+            if dim % 4 or dim % heads:
+                raise ValueError(f"{part} {dim} must be divisible by 4 and by its {heads} heads")
+        if not 1 <= self.target_layers <= self.depth:
+            raise ValueError(f"target_layers is {self.target_layers}: 1 to depth {self.depth}")
+        if self.target == "pixels" and (self.target_layers > 1 or self.target_mask == "input"):
+            raise ValueError("target 'pixels' has no layers to average and no input to mask")
+
+
+# ----------------------------------------------------------------- positions and tokens (Sec. 3)
+
+
+def sincos_positions(
+    dim: int, grid: tuple[int, int], train_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Fixed 2-D sine-cosine positions, (N, dim) float32: half for the column, half for the row.
+
+    A coordinate c becomes sin(c w_i) and cos(c w_i) with w_i = 10000^(-4 i / dim), i < dim / 4.
+    On a grid other than `train_grid` the coordinates are scaled, patch centres onto patch centres,
+    so that the picture keeps its extent (D8). Raises ValueError if 4 does not divide `dim`.
+    """
+    if dim % 4:
+        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {dim}")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def encode(length: int, train_length: int) -> Tensor:
+        centres = torch.arange(length, dtype=torch.float64) + 0.5
+        coordinates = centres * (train_length / length) - 0.5
+        angles = torch.outer(coordinates, frequencies)  # (length, dim/4)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, dim/2)
+
+    (rows, columns), (train_rows, train_columns) = grid, train_grid or grid
+    column = repeat(encode(columns, train_columns), "w d -> (h w) d", h=rows)
+    row = repeat(encode(rows, train_rows), "h d -> (h w) d", w=columns)
+    return torch.cat([column, row], dim=1).float()  # (N, dim)
+
+
+def take(tokens: Tensor, idx: Tensor) -> Tensor:
+    """The tokens at the given places: (B, N, D) and (B, K) -> (B, K, D)."""
+    return tokens.gather(1, repeat(idx, "b k -> b k d", d=tokens.shape[-1]))
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Images as patches of pixels: (B, C, H p, W p) -> (B, N, p p C)."""
+    p = patch_size
+    return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
+
+
+# ------------------------------------------------------------------- Vision Transformer (Sec. 3)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: every token looks at every other one."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        qkv = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        x = F.scaled_dot_product_attention(*qkv)  # softmax(q k^T / sqrt(d)) v: (B, h, N, D/h)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    """Two layers on each token by itself."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One layer of the transformer; both branches read a normalized copy and add to the stream."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(network: nn.Module, blocks: nn.ModuleList, std: float) -> None:
+    """Truncated normal weights, zero biases, and residual branches smaller with depth (D7)."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+    for layer, block in enumerate(blocks, start=1):
+        block.attn.proj.weight.data.div_(math.sqrt(2 * layer))
+        block.mlp.fc2.weight.data.div_(math.sqrt(2 * layer))
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each to D numbers: a convolution does both."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H p, W p) -> (B, N, D)
+        return rearrange(self.proj(images), "b d h w -> b (h w) d")
+
+
+class ViT(nn.Module):
+    """Vision Transformer without a class token: context encoder and target encoder (Section 3).
+
+    Args:
+        img_size: pixels, a side or (height, width); sets the grid that positions are scaled to.
+        patch_size: pixels.
+        embed_dim, depth, num_heads, mlp_ratio, in_chans, norm_eps, init_std: see `IJEPAConfig`.
+
+    Parameters carry the names of timm and of the released code.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+        norm_eps: float = 1e-6,
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.grid = grid_of(img_size, patch_size)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        # A constant, not a parameter: it is neither trained nor stored in checkpoints.
+        self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        init_weights(self, self.blocks, init_std)
+
+    def positions(self, images: Tensor) -> Tensor:
+        """The positions of these images' patches, (N, D)."""
+        grid = grid_of(tuple(images.shape[-2:]), self.patch_size)
+        if grid == self.grid:
+            return self.pos_embed
+        return sincos_positions(self.embed_dim, grid, self.grid).to(self.pos_embed)
+
+    def last_layers(self, images: Tensor, n: int, keep: Tensor | None = None) -> list[Tensor]:
+        """The outputs of the last n layers, each through the last norm; n = 1 is `forward`.
+
+        Args:
+            images: (B, C, H p, W p), any size that divides into patches.
+            keep: (B, K) int64, the patches to look at; all of them if None.
+        Returns:
+            n tensors (B, K, D), or (B, N, D) without `keep`; the deepest layer comes last.
+        """
+        x = self.patch_embed(images) + self.positions(images)  # (B, N, D)
+        if keep is not None:
+            # After the position is added, so each patch knows its place; before the first block,
+            # so nothing of the hidden patches can leak in, and they cost nothing.
+            x = take(x, keep)  # (B, K, D)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return [self.norm(x) for x in outputs[-n:]]
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, C, H p, W p) and optionally (B, K) -> (B, N, D) or (B, K, D)."""
+        return self.last_layers(images, 1, keep)[0]
+
+
+class Predictor(nn.Module):
+    """A narrow ViT: given the context, what are the representations at these places? (Section 3)
+
+    Each of the M blocks is predicted by itself: context tokens and the block's mask tokens (one
+    learned vector plus a position) go through the layers together, the blocks side by side in the
+    batch, so that no prediction can lean on another block's tokens.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        embed_dim: int,
+        predictor_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        out_dim: int | None = None,
+        norm_eps: float = 1e-6,
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
+        positions = sincos_positions(predictor_dim, grid)
+        self.register_buffer("predictor_pos_embed", positions, persistent=False)
+        self.predictor_blocks = nn.ModuleList(
+            Block(predictor_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
+        )
+        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
+        self.predictor_proj = nn.Linear(predictor_dim, out_dim or embed_dim)
+        init_weights(self, self.predictor_blocks, init_std)
+        nn.init.trunc_normal_(self.mask_token, std=init_std)
+
+    def forward(self, context: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
+        """(B, K, D), (B, K) and (B, M, T) -> predictions (B, M, T, D)."""
+        blocks, target_size = target_idx.shape[1:]
+        # The encoder has mixed content and position, so the predictor says again where each is.
+        context = self.predictor_embed(context) + self.predictor_pos_embed[context_idx]  # (B, K, P)
+        queries = self.mask_token + self.predictor_pos_embed[target_idx]  # (B, M, T, P)
+
+        context = repeat(context, "b k p -> (b m) k p", m=blocks)  # from here B M rows: see above
+        queries = rearrange(queries, "b m t p -> (b m) t p")
+        x = torch.cat([context, queries], dim=1)  # (B M, K+T, P)
+        for block in self.predictor_blocks:
+            x = block(x)
+        x = self.predictor_proj(self.predictor_norm(x[:, -target_size:]))  # (B M, T, D)
+        return rearrange(x, "(b m) t d -> b m t d", m=blocks)
+
+
+# ---------------------------------------------------------------- masks (Sec. 3, Fig. 4, App. A.1)
+
+
+class Strategy(NamedTuple):
+    """How Table 6 hides parts of an image."""
+
+    num_targets: int
+    target_scale: tuple[float, float]
+    context_scale: tuple[float, float]
+    context_share: float  # default size of the context, as a share of the grid, at most
+
+
+STRATEGIES = {
+    "multiblock": Strategy(4, (0.15, 0.2), (0.85, 1.0), 0.25),  # several blocks: the method
+    "rasterized": Strategy(3, (0.25, 0.25), (1.0, 1.0), 0.25),  # three quadrants from the fourth
+    "block": Strategy(1, (0.6, 0.6), (1.0, 1.0), 1.0),  # one large block from the rest
+    "random": Strategy(1, (0.6, 0.6), (1.0, 1.0), 1.0),  # scattered patches from the rest
+}
+
+
+def block_shapes(
+    grid: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float], steps: int = 32
+) -> Tensor:
+    """The shapes a block can take, (steps^2, 2) int64 rows of (height, width) in patches.
+
+    One row for each pair of a scale (share of the grid's area) and an aspect ratio (height by
+    width, relative to the grid's own), both evenly spaced over their ranges: to choose a row at
+    random is to draw scale and aspect independently and uniformly (D4). Raises ValueError if a
+    shape does not fit the grid.
+    """
+
+    def evenly(low: float, high: float) -> Tensor:
+        return low + (high - low) * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+
+    s, a = torch.cartesian_prod(evenly(*scale), evenly(*aspect)).unbind(1)  # (steps^2,) each
+    shapes = torch.stack([grid[0] * (s * a).sqrt(), grid[1] * (s / a).sqrt()], dim=1)
+    shapes = shapes.round().long().clamp(min=1)
+    if (shapes > torch.tensor(grid)).any():
+        height, width = shapes.amax(0).tolist()
+        raise ValueError(
+            f"blocks of scale {scale} and aspect {aspect} grow to {height} rows or {width} columns "
+            f"and do not fit a grid of {grid[0]}x{grid[1]} patches: lower the scale, or bring the "
+            "aspect closer to 1"
+        )
+    return shapes
+
+
+class MaskCollator:
+    """Draws which patches are context and which are targets, for a whole batch at once.
+
+    Multi-block (Section 3): M rectangles of one shape, drawn anew for each batch and placed
+    anywhere, independently for each block and image; and from a large context block all that no
+    target covers, thinned at random to K patches (D3 to D6). Sizes are equal within a batch, so
+    that the masks are plain index tensors.
+
+    Args:
+        grid: patches, a side or (rows, columns).
+        strategy: one of `STRATEGIES`; the next four default to the strategy's values.
+        num_targets: M.
+        target_scale, context_scale: range of a block's area, as a share of the grid.
+        target_aspect: range of height by width, relative to the grid's own.
+        context_size: K; by default as much as nearly every draw leaves, and for `multiblock` at
+            most a quarter of the grid (the average that Table 6 gives).
+    Raises:
+        ValueError: for settings that cannot be met on this grid, with the reason.
+    """
+
+    def __init__(
+        self,
+        grid: int | tuple[int, int],
+        strategy: str = "multiblock",
+        num_targets: int | None = None,
+        target_scale: tuple[float, float] | None = None,
+        target_aspect: tuple[float, float] = (0.75, 1.5),
+        context_scale: tuple[float, float] | None = None,
+        context_size: int | None = None,
+    ):
+        if strategy not in STRATEGIES:
+            raise ValueError(f"mask strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        default = STRATEGIES[strategy]
+        self.grid = rows, columns = pair(grid)
+        self.num_patches = rows * columns
+        self.strategy = strategy
+        self.num_targets = default.num_targets if num_targets is None else num_targets
+        target_scale = target_scale or default.target_scale
+        context_scale = context_scale or default.context_scale
+        if rows < 1 or columns < 1 or self.num_targets < 1:
+            raise ValueError(f"a grid of {rows}x{columns} with {self.num_targets} targets is empty")
+        for name, (low, high), top in (
+            ("target_scale", target_scale, 1.0),
+            ("context_scale", context_scale, 1.0),
+            ("target_aspect", target_aspect, math.inf),
+        ):
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{name} {low, high}: need 0 < low <= high <= {top}")
+        if strategy == "rasterized":
+            if rows % 2 or columns % 2 or (self.num_targets, *target_scale) != (3, 0.25, 0.25):
+                raise ValueError("rasterized masks are 3 quadrants of a grid with even sides")
+            target_aspect = (1.0, 1.0)
+
+        self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)  # (S, 2)
+        self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
+        self.context_size = self._check_context(context_size, default.context_share)
+
+    def _check_context(self, wanted: int | None, share: float) -> int:
+        """K, so small that for every target shape at least half of the draws leave that many."""
+        generator = torch.Generator().manual_seed(0)
+        left = []  # for each target shape, what a tenth and what a half of the draws fall short of
+        for shape in self.target_shapes.unique(dim=0).tolist():
+            _, free = self._draw(256, shape, generator)
+            left.append(free.sum(1).double().quantile(torch.tensor([0.1, 0.5]).double()))
+        tenth, half = torch.stack(left).amin(0).floor().int().tolist()
+        size = min(tenth, round(share * self.num_patches)) if wanted is None else wanted
+        if not 1 <= size <= half:
+            raise ValueError(
+                f"a context of {size} patches beside {self.num_targets} targets on a grid of "
+                f"{self.grid[0]}x{self.grid[1]}: the largest targets leave {half} in half of the "
+                "draws. Use a smaller context size, or fewer or smaller targets"
+            )
+        return size
+
+    def _draw(
+        self, batch: int, shape: list[int], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Targets (B, M, T) of one shape, and which patches they leave to the context (B, N)."""
+        rows, columns = self.grid
+
+        def place(height: Tensor | int, width: Tensor | int, *size: int) -> tuple[Tensor, Tensor]:
+            # Top left corners, uniform over all places where the block fits, the last included.
+            u = torch.rand(2, *size, generator=generator)
+            return (u[0] * (rows - height + 1)).long(), (u[1] * (columns - width + 1)).long()
+
+        if self.strategy == "random":
+            order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
+            count = self.num_targets * shape[0] * shape[1]
+            targets = rearrange(order[:, :count], "b (m t) -> b m t", m=self.num_targets)
+        else:
+            height, width = shape
+            if self.strategy == "rasterized":
+                quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
+                top, left = quadrant // 2 * height, quadrant % 2 * width
+            else:
+                top, left = place(height, width, batch, self.num_targets)  # (B, M) each
+            inside = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
+            targets = (top * columns + left)[..., None] + inside.flatten()  # (B, M, T)
+
+        pick = torch.randint(len(self.context_shapes), (batch,), generator=generator)
+        height, width = self.context_shapes[pick].unbind(1)  # (B,) each
+        top, left = place(height, width, batch)
+        row, column = torch.arange(rows), torch.arange(columns)
+        in_rows = (row >= top[:, None]) & (row < (top + height)[:, None])  # (B, H)
+        in_columns = (column >= left[:, None]) & (column < (left + width)[:, None])  # (B, W)
+        free = (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)  # (B, N)
+        return targets, free.scatter_(1, targets.flatten(1), False)
+
+    def sample(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Masks for a batch: `context_idx` (B, K) and `target_idx` (B, M, T), int64, on the CPU.
+
+        Indices count patches row by row. The same generator state gives the same masks.
+        """
+        pick = int(torch.randint(len(self.target_shapes), (1,), generator=generator))
+        shape = self.target_shapes[pick].tolist()
+        targets, free = self._draw(batch_size, shape, generator)
+        for _ in range(1000):  # half of the draws suffice at the least (_check_context)
+            short = (free.sum(1) < self.context_size).nonzero()[:, 0]
+            if not len(short):
+                break
+            targets[short], free[short] = self._draw(len(short), shape, generator)
+        else:
+            raise RuntimeError(f"no masks with {self.context_size} context patches in 1000 draws")
+        # K of the free patches, every subset equally likely: the K largest of random numbers.
+        lottery = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
+        context = lottery.topk(self.context_size, sorted=False).indices.sort().values
+        return context, targets
+
+    def __call__(self, samples: list) -> tuple:
+        """As a DataLoader's `collate_fn`: (collated samples, context_idx, target_idx)."""
+        return default_collate(samples), *self.sample(len(samples))
+
+
+# ------------------------------------------------------------------------- the method (Section 3)
+
+
+class IJEPA(nn.Module):
+    """Context encoder, predictor and target encoder, and the loss between them."""
+
+    def __init__(self, config: IJEPAConfig):
+        super().__init__()
+        self.config = c = config
+        self.encoder = ViT(
+            c.img_size,
+            c.patch_size,
+            c.embed_dim,
+            c.depth,
+            c.num_heads,
+            mlp_ratio=c.mlp_ratio,
+            in_chans=c.in_chans,
+            norm_eps=c.norm_eps,
+            init_std=c.init_std,
+        )
+        self.predictor = Predictor(
+            self.encoder.grid,
+            c.embed_dim,
+            c.predictor_dim,
+            c.predictor_depth,
+            c.predictor_heads,
+            out_dim=c.patch_size**2 * c.in_chans if c.target == "pixels" else c.embed_dim,
+            norm_eps=c.norm_eps,
+            init_std=c.init_std,
+        )
+        # Starts as a copy, then follows slowly (`update_target`); it is never trained itself.
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    @torch.no_grad()  # the targets are given: without this, the way to agree is to say nothing
+    def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
+        """What there is to predict: (B, C, H p, W p) and (B, M, T) -> (B, M, T, D).
+
+        The target encoder sees the whole image, and blocks are cut from its *output*: each target
+        knows what surrounds it (Section 3, Table 11).
+        """
+        blocks, n = target_idx.shape[1], self.config.target_layers
+        places = rearrange(target_idx, "b m t -> b (m t)")
+        if self.config.target == "pixels":
+            layers = [take(patchify(images, self.config.patch_size), places)]
+        elif self.config.target_mask == "output":
+            layers = [take(x, places) for x in self.target_encoder.last_layers(images, n)]
+        else:  # one pass for each block, which is all that it sees (Appendix C)
+            copies = repeat(images, "b c h w -> (b m) c h w", m=blocks)
+            keep = rearrange(target_idx, "b m t -> (b m) t")
+            layers = self.target_encoder.last_layers(copies, n, keep)
+            layers = [rearrange(x, "(b m) t d -> b (m t) d", m=blocks) for x in layers]
+        # Without learned scale and shift: a target cannot be made easy by making it small.
+        layers = [F.layer_norm(x, x.shape[-1:]) for x in layers]
+        return rearrange(torch.stack(layers).mean(0), "b (m t) d -> b m t d", m=blocks)
+
+    def predictions(self, images: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
+        """The predictor's answer from the context alone, (B, M, T, D)."""
+        context = self.encoder(images, keep=context_idx)  # (B, K, D)
+        return self.predictor(context, context_idx, target_idx)
+
+    def forward(self, images: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
+        """The loss of Section 3, a scalar: images (B, C, H p, W p), masks (B, K) and (B, M, T)."""
+        targets = self.targets(images, target_idx)
+        predictions = self.predictions(images, context_idx, target_idx)
+        distance = F.smooth_l1_loss if self.config.loss == "smooth_l1" else F.mse_loss
+        return distance(predictions.float(), targets.float())
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """target <- momentum * target + (1 - momentum) * encoder, after each optimizer step."""
+        for target, online in zip(
+            self.target_encoder.parameters(), self.encoder.parameters(), strict=True
+        ):
+            target.lerp_(online, 1 - momentum)
+
+    @classmethod
+    def from_released(cls, checkpoint, num_heads: int | None = None) -> "IJEPA":
+        """The three networks of a checkpoint in the format of the released code.
+
+        Args:
+            checkpoint: a path (read without running any code in it), or the loaded dict with
+                `encoder`, `predictor` and `target_encoder`; a `module.` before names is dropped.
+            num_heads: only for widths that no released model has: weights do not tell it.
+        Raises:
+            ValueError: if it is no such checkpoint, or `num_heads` is needed or does not divide D.
+        """
+        if not isinstance(checkpoint, Mapping):
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        parts = ("encoder", "predictor", "target_encoder")
+        if missing := [part for part in parts if part not in checkpoint]:
+            raise ValueError(f"not a released I-JEPA checkpoint: it has no {', '.join(missing)}")
+        weights = {
+            f"{part}.{name.removeprefix('module.')}": tensor
+            for part in parts
+            for name, tensor in checkpoint[part].items()
+        }
+        try:
+            kernel = weights["encoder.patch_embed.proj.weight"]  # (D, C, p, p)
+            hidden = weights["encoder.blocks.0.mlp.fc1.bias"].shape[0]
+            positions = {n: weights.pop(n) for n in list(weights) if n.endswith("pos_embed")}
+            side = math.isqrt(positions["encoder.pos_embed"].shape[1])
+            predictor_dim = weights["predictor.mask_token"].shape[-1]
+        except KeyError as error:
+            raise ValueError(f"not a released I-JEPA checkpoint: it has no {error}") from error
+        dim, in_chans, patch_size = kernel.shape[:3]
+        if num_heads is None:
+            known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
+            if dim not in known:
+                raise ValueError(f"width {dim} does not tell the number of heads: give num_heads")
+            num_heads = known[dim]
+        config = IJEPAConfig(
+            img_size=side * patch_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=dim,
+            depth=sum(name.startswith("encoder.") and "norm1.bias" in name for name in weights),
+            num_heads=num_heads,
+            mlp_ratio=hidden / dim,
+            predictor_dim=predictor_dim,
+            predictor_depth=sum("predictor_blocks" in n and "norm1.bias" in n for n in weights),
+            predictor_heads=num_heads,
+        )
+        model = cls(config)
+        for name, stored in positions.items():  # fixed, so they must be what we compute (D8)
+            torch.testing.assert_close(stored[0], model.get_buffer(name), atol=1e-5, rtol=0)
+        model.load_state_dict(weights)
+        return model
+
+
+# ------------------------------------------------------------ schedules and optimizer (App. A.1)
+#
+# Plain functions of the step, counted from 0, so that to resume is to know the step.
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """From `start` to `end` along half a cosine, as `progress` goes from 0 to 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def learning_rate(
+    step: int, total: int, warmup: int, start: float, peak: float, final: float
+) -> float:
+    """Linear from `start` to `peak` over `warmup` steps, then along a cosine to `final`."""
+    done = step + 1  # the last step of the warm-up runs at the peak, the last of all at the end
+    if done < warmup:
+        return start + (peak - start) * done / warmup
+    return cosine(peak, final, (done - warmup) / max(1, total - warmup))
+
+
+def weight_decay(step: int, total: int, start: float, end: float) -> float:
+    """Along a cosine from `start` to `end` (D2)."""
+    return cosine(start, end, (step + 1) / total)
+
+
+def target_momentum(step: int, total: int, start: float, end: float) -> float:
+    """Linear from `start` to `end`: the target encoder comes to rest."""
+    return start + (end - start) * step / total
+
+
+def parameter_groups(model: IJEPA) -> list[dict]:
+    """For AdamW: matrices and the mask token decay, biases and norms do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "decays": True},
+        {"params": [p for p in trained if p.ndim == 1], "decays": False, "weight_decay": 0.0},
+    ]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Learning rate and weight decay of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+# --------------------------------------------------------------------------- models and recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained unless told otherwise. The defaults are Appendix A.1's."""
+
+    data: str = "imagenet"
+    batch_size: int = 2048  # images an optimizer step
+    epochs: int = 300
+    warmup_epochs: float = 15
+    start_lr: float = 1e-4
+    lr: float = 1e-3
+    final_lr: float = 1e-6
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    momentum: float = 0.996  # of the target encoder
+    final_momentum: float = 1.0
+
+
+class Model(NamedTuple):
+    config: IJEPAConfig
+    recipe: Recipe
+
+
+def _imagenet(dim, depth, heads, predictor_depth, epochs, patch_size, mlp_ratio=4.0) -> Model:
+    config = IJEPAConfig(
+        patch_size=patch_size,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+        predictor_depth=predictor_depth,
+        predictor_heads=heads,
+    )
+    return Model(config, Recipe(epochs=epochs))
+
+
+_BASE = _imagenet(768, 12, 12, predictor_depth=6, epochs=600, patch_size=16)
+_TINY = replace(
+    _BASE.config,
+    img_size=32,
+    patch_size=4,
+    embed_dim=192,
+    num_heads=3,
+    predictor_dim=96,
+    predictor_depth=4,
+    predictor_heads=3,
+)
+_SMALL = replace(
+    _TINY, embed_dim=384, num_heads=6, predictor_dim=192, predictor_depth=6, predictor_heads=6
+)
+_NANO = replace(_TINY, embed_dim=96, depth=6, predictor_dim=48, predictor_depth=2)
+_CIFAR = Recipe(data="cifar10", batch_size=512, epochs=300, warmup_epochs=15, final_lr=1e-6)
+
+MODELS = {
+    "vit_nano": Model(_NANO, Recipe(data="shapes", batch_size=128, epochs=5, warmup_epochs=0.5)),
+    "vit_tiny": Model(_TINY, _CIFAR),
+    "vit_small": Model(_SMALL, _CIFAR),
+    "vit_base": _BASE,  # B/16
+    "vit_large": _imagenet(1024, 24, 16, predictor_depth=12, epochs=600, patch_size=16),  # L/16
+    "vit_huge": _imagenet(1280, 32, 16, predictor_depth=12, epochs=300, patch_size=14),  # H/14
+    "vit_giant": _imagenet(1408, 40, 16, 16, epochs=600, patch_size=16, mlp_ratio=48 / 11),  # G/16
+}
