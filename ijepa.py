@@ -50,7 +50,7 @@ Where this differs from the paper (P) or from the code its authors released (R),
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -100,22 +100,22 @@ class IJEPAConfig:
 
     def __post_init__(self):
         grid_of(self.img_size, self.patch_size)
-        choices = {
-            "target": ("representation", "pixels"),
-            "target_mask": ("output", "input"),
-            "loss": ("smooth_l1", "l2"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {allowed}")
-        for part, dim, heads in (
-            ("embed_dim", self.embed_dim, self.num_heads),
-            ("predictor_dim", self.predictor_dim, self.predictor_heads),
+        for name, allowed in (
+            ("target", ("representation", "pixels")),
+            ("target_mask", ("output", "input")),
+            ("loss", ("smooth_l1", "l2")),
+            ("target_layers", range(1, self.depth + 1)),
         ):
-            if dim % 4 or dim % heads:
-                raise ValueError(f"{part} {dim} must be divisible by 4 and by its {heads} heads")
-        if not 1 <= self.target_layers <= self.depth:
-            raise ValueError(f"target_layers is {self.target_layers}: 1 to depth {self.depth}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: choose one of {list(allowed)}"
+                )
+        for dim, heads in (
+            (self.embed_dim, self.num_heads),
+            (self.predictor_dim, self.predictor_heads),
+        ):
+            if dim < 4 or heads < 1 or dim % 4 or dim % heads:
+                raise ValueError(f"width {dim} must be divisible by 4 and by its {heads} heads")
         if self.target == "pixels" and (self.target_layers > 1 or self.target_mask == "input"):
             raise ValueError("target 'pixels' has no layers to average and no input to mask")
 
@@ -309,7 +309,6 @@ class Predictor(nn.Module):
         predictor_dim: int,
         depth: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
         out_dim: int | None = None,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
@@ -320,7 +319,7 @@ class Predictor(nn.Module):
         positions = sincos_positions(predictor_dim, grid)
         self.register_buffer("predictor_pos_embed", positions, persistent=False)
         self.predictor_blocks = nn.ModuleList(
-            Block(predictor_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
+            Block(predictor_dim, num_heads, 4.0, norm_eps) for _ in range(depth)
         )
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
         self.predictor_proj = nn.Linear(predictor_dim, out_dim or embed_dim)
@@ -423,14 +422,14 @@ class MaskCollator:
         if strategy not in STRATEGIES:
             raise ValueError(f"mask strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
         default = STRATEGIES[strategy]
+        self.strategy = strategy
         self.grid = rows, columns = pair(grid)
         self.num_patches = rows * columns
-        self.strategy = strategy
         self.num_targets = default.num_targets if num_targets is None else num_targets
         target_scale = target_scale or default.target_scale
         context_scale = context_scale or default.context_scale
-        if rows < 1 or columns < 1 or self.num_targets < 1:
-            raise ValueError(f"a grid of {rows}x{columns} with {self.num_targets} targets is empty")
+        if min(rows, columns, self.num_targets) < 1:
+            raise ValueError(f"{self.num_targets} targets on a grid of {rows}x{columns} patches")
         for name, (low, high), top in (
             ("target_scale", target_scale, 1.0),
             ("context_scale", context_scale, 1.0),
@@ -439,11 +438,15 @@ class MaskCollator:
             if not 0 < low <= high <= top:
                 raise ValueError(f"{name} {low, high}: need 0 < low <= high <= {top}")
         if strategy == "rasterized":
+            target_aspect = (1.0, 1.0)
             if rows % 2 or columns % 2 or (self.num_targets, *target_scale) != (3, 0.25, 0.25):
                 raise ValueError("rasterized masks are 3 quadrants of a grid with even sides")
-            target_aspect = (1.0, 1.0)
 
         self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)  # (S, 2)
+        if strategy == "random":  # scattered patches: only their number matters
+            share = torch.linspace(*target_scale, 32, dtype=torch.float64)
+            count = (share * self.num_patches).round().long().clamp(min=1)
+            self.target_shapes = torch.stack([torch.ones_like(count), count], dim=1)
         self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
         self.context_size = self._check_context(context_size, default.context_share)
 
@@ -477,7 +480,7 @@ class MaskCollator:
 
         if self.strategy == "random":
             order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
-            count = self.num_targets * shape[0] * shape[1]
+            count = min(self.num_targets * shape[1], self.num_patches)
             targets = rearrange(order[:, :count], "b (m t) -> b m t", m=self.num_targets)
         else:
             height, width = shape
@@ -534,26 +537,12 @@ class IJEPA(nn.Module):
     def __init__(self, config: IJEPAConfig):
         super().__init__()
         self.config = c = config
-        self.encoder = ViT(
-            c.img_size,
-            c.patch_size,
-            c.embed_dim,
-            c.depth,
-            c.num_heads,
-            mlp_ratio=c.mlp_ratio,
-            in_chans=c.in_chans,
-            norm_eps=c.norm_eps,
-            init_std=c.init_std,
-        )
+        widths = (c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)
+        self.encoder = ViT(c.img_size, c.patch_size, *widths, c.in_chans, c.norm_eps, c.init_std)
+        widths = (c.predictor_dim, c.predictor_depth, c.predictor_heads)
+        out_dim = c.patch_size**2 * c.in_chans if c.target == "pixels" else c.embed_dim
         self.predictor = Predictor(
-            self.encoder.grid,
-            c.embed_dim,
-            c.predictor_dim,
-            c.predictor_depth,
-            c.predictor_heads,
-            out_dim=c.patch_size**2 * c.in_chans if c.target == "pixels" else c.embed_dim,
-            norm_eps=c.norm_eps,
-            init_std=c.init_std,
+            self.encoder.grid, c.embed_dim, *widths, out_dim, c.norm_eps, c.init_std
         )
         # Starts as a copy, then follows slowly (`update_target`); it is never trained itself.
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -613,41 +602,31 @@ class IJEPA(nn.Module):
         """
         if not isinstance(checkpoint, Mapping):
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        parts = ("encoder", "predictor", "target_encoder")
-        if missing := [part for part in parts if part not in checkpoint]:
-            raise ValueError(f"not a released I-JEPA checkpoint: it has no {', '.join(missing)}")
-        weights = {
-            f"{part}.{name.removeprefix('module.')}": tensor
-            for part in parts
-            for name, tensor in checkpoint[part].items()
-        }
         try:
-            kernel = weights["encoder.patch_embed.proj.weight"]  # (D, C, p, p)
-            hidden = weights["encoder.blocks.0.mlp.fc1.bias"].shape[0]
+            weights = {
+                f"{part}.{name.removeprefix('module.')}": tensor
+                for part in ("encoder", "predictor", "target_encoder")
+                for name, tensor in checkpoint[part].items()
+            }
             positions = {n: weights.pop(n) for n in list(weights) if n.endswith("pos_embed")}
             side = math.isqrt(positions["encoder.pos_embed"].shape[1])
+            dim, in_chans, patch_size = weights["encoder.patch_embed.proj.weight"].shape[:3]
+            hidden = len(weights["encoder.blocks.0.mlp.fc1.bias"])
             predictor_dim = weights["predictor.mask_token"].shape[-1]
         except KeyError as error:
             raise ValueError(f"not a released I-JEPA checkpoint: it has no {error}") from error
-        dim, in_chans, patch_size = kernel.shape[:3]
         if num_heads is None:
             known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
             if dim not in known:
                 raise ValueError(f"width {dim} does not tell the number of heads: give num_heads")
             num_heads = known[dim]
-        config = IJEPAConfig(
-            img_size=side * patch_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=dim,
-            depth=sum(name.startswith("encoder.") and "norm1.bias" in name for name in weights),
-            num_heads=num_heads,
-            mlp_ratio=hidden / dim,
-            predictor_dim=predictor_dim,
-            predictor_depth=sum("predictor_blocks" in n and "norm1.bias" in n for n in weights),
-            predictor_heads=num_heads,
-        )
-        model = cls(config)
+
+        def depth(blocks: str) -> int:
+            return sum(n.startswith(blocks) and n.endswith("norm1.bias") for n in weights)
+
+        sizes = (side * patch_size, patch_size, in_chans, dim, depth("encoder.blocks"), num_heads)
+        predictor = (predictor_dim, depth("predictor.predictor_blocks"), num_heads)
+        model = cls(IJEPAConfig(*sizes, hidden / dim, *predictor))
         for name, stored in positions.items():  # fixed, so they must be what we compute (D8)
             torch.testing.assert_close(stored[0], model.get_buffer(name), atol=1e-5, rtol=0)
         model.load_state_dict(weights)
@@ -705,7 +684,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained unless told otherwise. The defaults are Appendix A.1's."""
+    """How a model is trained unless told otherwise. The defaults are those of Appendix A.1."""
 
     data: str = "imagenet"
     batch_size: int = 2048  # images an optimizer step
@@ -718,6 +697,8 @@ class Recipe:
     final_weight_decay: float = 0.4
     momentum: float = 0.996  # of the target encoder
     final_momentum: float = 1.0
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # random resized crops; no flip, as released
+    flip: bool = False
 
 
 class Model(NamedTuple):
@@ -725,42 +706,21 @@ class Model(NamedTuple):
     recipe: Recipe
 
 
-def _imagenet(dim, depth, heads, predictor_depth, epochs, patch_size, mlp_ratio=4.0) -> Model:
-    config = IJEPAConfig(
-        patch_size=patch_size,
-        embed_dim=dim,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=mlp_ratio,
-        predictor_depth=predictor_depth,
-        predictor_heads=heads,
-    )
-    return Model(config, Recipe(epochs=epochs))
+def _model(img, patch, dim, depth, heads, p_dim, p_depth, recipe, **more) -> Model:
+    predictor = {"predictor_dim": p_dim, "predictor_depth": p_depth, "predictor_heads": heads}
+    return Model(IJEPAConfig(img, patch, 3, dim, depth, heads, **predictor, **more), recipe)
 
 
-_BASE = _imagenet(768, 12, 12, predictor_depth=6, epochs=600, patch_size=16)
-_TINY = replace(
-    _BASE.config,
-    img_size=32,
-    patch_size=4,
-    embed_dim=192,
-    num_heads=3,
-    predictor_dim=96,
-    predictor_depth=4,
-    predictor_heads=3,
-)
-_SMALL = replace(
-    _TINY, embed_dim=384, num_heads=6, predictor_dim=192, predictor_depth=6, predictor_heads=6
-)
-_NANO = replace(_TINY, embed_dim=96, depth=6, predictor_dim=48, predictor_depth=2)
-_CIFAR = Recipe(data="cifar10", batch_size=512, epochs=300, warmup_epochs=15, final_lr=1e-6)
+_NANO = Recipe("shapes", batch_size=128, epochs=5, warmup_epochs=0.5)
+_CIFAR = Recipe("cifar10", batch_size=512)  # no paper trains these two: ours
 
 MODELS = {
-    "vit_nano": Model(_NANO, Recipe(data="shapes", batch_size=128, epochs=5, warmup_epochs=0.5)),
-    "vit_tiny": Model(_TINY, _CIFAR),
-    "vit_small": Model(_SMALL, _CIFAR),
-    "vit_base": _BASE,  # B/16
-    "vit_large": _imagenet(1024, 24, 16, predictor_depth=12, epochs=600, patch_size=16),  # L/16
-    "vit_huge": _imagenet(1280, 32, 16, predictor_depth=12, epochs=300, patch_size=14),  # H/14
-    "vit_giant": _imagenet(1408, 40, 16, 16, epochs=600, patch_size=16, mlp_ratio=48 / 11),  # G/16
+    #                  image patch     D layers heads    P layers
+    "vit_nano": _model(32, 4, 96, 6, 3, 48, 2, _NANO),
+    "vit_tiny": _model(32, 4, 192, 12, 3, 96, 4, _CIFAR),
+    "vit_small": _model(32, 4, 384, 12, 6, 192, 6, _CIFAR),
+    "vit_base": _model(224, 16, 768, 12, 12, 384, 6, Recipe(epochs=600)),
+    "vit_large": _model(224, 16, 1024, 24, 16, 384, 12, Recipe(epochs=600)),
+    "vit_huge": _model(224, 14, 1280, 32, 16, 384, 12, Recipe(epochs=300)),
+    "vit_giant": _model(224, 16, 1408, 40, 16, 384, 16, Recipe(epochs=600), mlp_ratio=48 / 11),
 }

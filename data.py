@@ -1,0 +1,577 @@
+"""Pictures: where they come from, in which order they are seen, how they are cropped.
+
+Everything random in a training step (which pictures, which crops, which masks) is a function of
+the run's seed and the number of the step, drawn for the whole batch by everyone who needs a part
+of it. So the number of processes, accumulation steps and workers changes who does the work and
+not what is done, and to resume a run is to know its step.
+
+Two kinds of sets: `Pictures` are decoded once and kept as uint8, on the GPU if there is one, and
+cropped there in one go; a `Folder` is too large for that and streams through worker processes.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ijepa import MaskCollator
+
+# ---------------------------------------------------------------------- what both scripts share
+
+
+class UserError(Exception):
+    """Something the user can put right. Scripts print it in one line and end with exit code 2."""
+
+
+def option(default, help: str, choices: Iterable[str] | None = None):
+    """A field of a configuration that is also an option of the command line."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_options(cls: type, description: str, argv: list[str] | None = None):
+    """The command line as an instance of the dataclass `cls`, and the names given explicitly.
+
+    Field `batch_size: int` becomes `--batch-size`, `bf16: bool` becomes `--bf16/--no-bf16`, a
+    tuple takes as many values as it has, and `X | None` means that the default depends on others.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (--help lists all options)")
+
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
+        kind = kinds[0] if type(None) in typing.get_args(hints[field.name]) else hints[field.name]
+        shown = "" if field.default is None else f" (default: {field.default})"
+        kwargs = {"help": field.metadata["help"] + shown, "default": argparse.SUPPRESS}
+        if kind is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            kwargs |= {"type": float, "nargs": len(typing.get_args(kind)), "metavar": "X"}
+        else:
+            kwargs |= {"type": kind, "choices": field.metadata["choices"]}
+            kwargs |= {} if field.metadata["choices"] else {"metavar": kind.__name__.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
+    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return cls(**given), set(given)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def progress(items: Iterable, what: str, unit: str) -> tqdm:
+    """A bar that disappears when done; in a log file, a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(items, what, leave=False, unit=unit, mininterval=interval, delay=2)
+
+
+def generator_for(*key) -> torch.Generator:
+    """A random generator that depends on the key alone: seed, purpose, number of the step."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# ------------------------------------------------------------------------------------- crops
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for every set: what the released models expect
+STD = (0.229, 0.224, 0.225)
+
+
+def normalize(pictures: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) to float32 with about zero mean and unit variance."""
+    mean = torch.tensor(MEAN, device=pictures.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=pictures.device).view(3, 1, 1)
+    return (pictures.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class CropRandomness:
+    """The numbers behind B random crops, drawn before anyone knows how large the pictures are."""
+
+    tries: Tensor  # (B, 10, 2) uniform: area and aspect ratio, ten chances to fit
+    place: Tensor  # (B, 2) uniform: top, left
+    flip: Tensor  # (B,) bool
+
+    @staticmethod
+    def draw(batch: int, flip: bool, generator: torch.Generator) -> "CropRandomness":
+        tries = torch.rand(batch, 10, 2, generator=generator)
+        place = torch.rand(batch, 2, generator=generator)
+        return CropRandomness(tries, place, (torch.rand(batch, generator=generator) < 0.5) & flip)
+
+    def __getitem__(self, part: slice) -> "CropRandomness":
+        return CropRandomness(self.tries[part], self.place[part], self.flip[part])
+
+    def boxes(self, height: Tensor, width: Tensor, scale: tuple[float, float]) -> Tensor:
+        """Crops of pictures of (B,) heights and widths: (B, 4) int64 of top, left, height, width.
+
+        A share of the area in `scale` and an aspect ratio in (3/4, 4/3), uniform in its logarithm;
+        the whole picture's shorter side, centred, where ten tries do not fit. This is the
+        distribution of torchvision's RandomResizedCrop.
+        """
+        area = height * width
+        low, high = np.log(3 / 4), np.log(4 / 3)
+        wanted = area[:, None] * (scale[0] + (scale[1] - scale[0]) * self.tries[..., 0])
+        ratio = (low + (high - low) * self.tries[..., 1]).exp()  # (B, 10)
+        w = (wanted * ratio).sqrt().round().long()
+        h = (wanted / ratio).sqrt().round().long()
+        fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+        first = fits.int().argmax(1, keepdim=True)  # the first try that fits, (B, 1)
+        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+        top = (self.place[:, 0] * (height - h + 1)).long()
+        left = (self.place[:, 1] * (width - w + 1)).long()
+        # None fits: only pictures far from square, for which torchvision centres a crop
+        # of the nearest aspect ratio allowed.
+        none = ~fits.any(1)
+        h = torch.where(none, torch.minimum(height, (width / (3 / 4)).round().long()), h)
+        w = torch.where(none, torch.minimum(width, (height * (4 / 3)).round().long()), w)
+        top = torch.where(none, (height - h) // 2, top)
+        left = torch.where(none, (width - w) // 2, left)
+        return torch.stack([top, left, h, w], dim=1)
+
+
+def crop_resize(pictures: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Crop, resize (bilinear) and flip a batch at once, on its device.
+
+    Args:
+        pictures: (B, 3, H, W) float32.
+        boxes: (B, 4) top, left, height, width in pixels; flip: (B,) bool; size: S in pixels.
+    Returns:
+        (B, 3, S, S) float32, each equal to F.interpolate of its crop (no antialiasing, which
+        enlarging does not need; pictures are stored at the size that training uses).
+    """
+    height, width = pictures.shape[-2:]
+    top, left, h, w = boxes.to(pictures.device, torch.float32).unbind(1)
+    centres = (torch.arange(size, device=pictures.device) + 0.5) / size  # (S,)
+
+    def coordinates(start: Tensor, extent: Tensor, length: int) -> Tensor:  # (B, S), in [-1, 1]
+        pixels = start[:, None] + extent[:, None] * centres - 0.5
+        pixels = pixels.clamp(start[:, None], (start + extent - 1)[:, None])  # within the crop
+        return (pixels + 0.5) * (2 / length) - 1
+
+    x, y = coordinates(left, w, width), coordinates(top, h, height)
+    x = torch.where(flip.to(x.device)[:, None], x.flip(1), x)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (B,S,S,2)
+    return F.grid_sample(pictures, grid, align_corners=False, padding_mode="border")
+
+
+# ---------------------------------------------------------------------------- sets of pictures
+
+
+@dataclass
+class Pictures:
+    """A set in memory: decoded once, square, uint8, on the GPU if there is one."""
+
+    images: Tensor  # (n, 3, S, S) uint8
+    labels: dict[str, Tensor]  # task -> (n,) int64; -1 where a picture has no label
+    classes: dict[str, list[str]]  # task -> names; the first task is the main one
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def centre(self, index: Tensor) -> Tensor:
+        """The pictures as evaluation sees them: whole, (B, 3, S, S) uint8."""
+        return self.images[index.to(self.images.device)]
+
+
+@dataclass
+class Folder:
+    """A set on disk, `<root>/<class>/<picture>`, decoded when needed by worker processes."""
+
+    files: list[Path]
+    labels: dict[str, Tensor]
+    classes: dict[str, list[str]]
+    img_size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def open(self, index: int, broken: set[str]) -> Image.Image:
+        """Picture `index`, or the next one that can be read; those that cannot join `broken`."""
+        for shift in range(len(self)):
+            path = self.files[(index + shift) % len(self)]
+            try:
+                return open_picture(path)
+            except Exception as error:  # decoders raise almost anything on damaged files
+                broken.add(f"{path} ({type(error).__name__}: {error})")
+        raise UserError(
+            f"none of the {len(self)} pictures under {self.files[0].parent} can be read"
+        )
+
+    def centre(self, index: Tensor) -> Tensor:
+        """As evaluation sees them: shorter side to 8/7 of S, centre crop of S; (B, 3, S, S)."""
+        pictures = [centre_crop(self.open(int(i), set()), self.img_size, 8 / 7) for i in index]
+        return torch.stack(pictures)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file as RGB, the right way up."""
+    with Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def centre_crop(picture: Image.Image, size: int, enlarge: float = 1.0) -> Tensor:
+    """The centre of a picture whose shorter side becomes `enlarge * size`; (3, size, size)."""
+    side = min(picture.size) / enlarge
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def hold_out(pictures: Pictures | Folder) -> tuple[Tensor, Tensor]:
+    """Indices to train on, and those held out for every choice: 5,000, or a tenth if fewer.
+
+    The same for every run: a seed that changes with the run would leak between runs.
+    """
+    labelled = next(iter(pictures.labels.values())) >= 0
+    order = torch.randperm(len(pictures), generator=generator_for("hold out"))
+    order = torch.cat([order[labelled[order]], order[~labelled[order]]])
+    held = min(5000, int(labelled.sum()) // 10)
+    return order[held:].sort().values, order[:held].sort().values
+
+
+# ------------------------------------------------------------------------------- sets by name
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
+NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenet")
+IN_MEMORY_SIDE = 128  # pixels: folders of pictures no larger than this are kept in memory
+
+
+def scan_folder(root: Path, part: str) -> tuple[list[Path], Tensor, list[str]]:
+    """Files, labels (n,) and class names of `<root>/<part>/<class>/<picture>`."""
+    folder = root / part
+    if part == "test" and not folder.is_dir():
+        folder = root / "val"
+    if not folder.is_dir():
+        raise UserError(f"{root} has no folder {part}/: expected {root / part}/<class>/<picture>")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = (f for f in (folder / name).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
+        found = sorted(found)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"no pictures under {folder}: expected {folder}/<class>/<picture>.jpg")
+    if len(set(labels)) < 2:
+        raise UserError(f"{folder} has pictures of one class only: evaluation needs at least two")
+    return files, torch.tensor(labels), classes
+
+
+def data_root(name: str, data_dir: str) -> Path:
+    """The folder behind `--data`: a path, or `imagenet` in the data folder."""
+    root = Path(data_dir) / "imagenet" if name == "imagenet" else Path(name)
+    if name == "imagenet" and not root.is_dir():
+        raise UserError(
+            f"ImageNet is not at {root}: put its train/<wnid>/*.JPEG and val/<wnid>/*.JPEG there, "
+            "or try --data cifar10 (downloads 170 MB) or --data shapes (needs nothing)"
+        )
+    if not root.is_dir():
+        raise UserError(f"--data {name} is neither a folder nor one of {', '.join(NAMED)}")
+    return root
+
+
+@lru_cache
+def default_sizes(name: str, data_dir: str) -> tuple[int, int]:
+    """Picture and patch size in pixels that suit a set: small pictures get small patches."""
+    if name in ("shapes", "cifar10", "cifar100"):
+        return 32, 4
+    if name == "stl10":
+        return 96, 8
+    largest = largest_side(data_root(name, data_dir))
+    return (32, 4) if largest <= 40 else (96, 8) if largest <= IN_MEMORY_SIDE else (224, 16)
+
+
+def largest_side(root: Path, samples: int = 64) -> int:
+    """The largest side in pixels among a sample of the training pictures of a folder."""
+    files, _, _ = scan_folder(root, "train")
+    largest = 0
+    for path in files[:: max(1, len(files) // samples)]:
+        try:
+            with Image.open(path) as picture:
+                largest = max(largest, *picture.size)
+        except OSError:
+            continue  # reading the set will report and count it
+    return largest
+
+
+def load_data(
+    name: str,
+    part: str = "train",
+    data_dir: str = "data",
+    img_size: int | None = None,
+    device: str | torch.device = "cpu",
+    **shapes,
+) -> Pictures | Folder:
+    """A set of pictures, its `train` or its `test` part.
+
+    Args:
+        name: one of `NAMED`, or a folder with `train/<class>/` and `val/` or `test/`.
+        data_dir: where named sets are, or are downloaded to.
+        img_size: side in pixels; by default what suits the set.
+        device: where sets that fit in memory are kept.
+        shapes: `count` and `clutter` of the built-in pictures.
+    Raises:
+        UserError: if it cannot be had, with what to do.
+    """
+    img_size = img_size or default_sizes(name, data_dir)[0]
+    if name == "shapes":
+        return _shapes(part, img_size, device, **shapes)
+    if name in ("cifar10", "cifar100", "stl10"):
+        return _torchvision(name, part, data_dir, img_size, device)
+    root = data_root(name, data_dir)
+    files, labels, classes = scan_folder(root, part)
+    if part != "train" and classes != scan_folder(root, "train")[2]:
+        raise UserError(f"{files[0].parents[1]} and {root / 'train'} have different classes")
+    folder = Folder(files, {"class": labels}, {"class": classes}, img_size)
+    if img_size > IN_MEMORY_SIDE or largest_side(root) > IN_MEMORY_SIDE:
+        return folder
+    broken: set[str] = set()
+    images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
+    for i in progress(range(len(files)), f"reading {root.name}/{part}", " pictures"):
+        images[i] = centre_crop(folder.open(i, broken), img_size)
+    report_broken(broken, len(files))
+    return Pictures(images.to(device), folder.labels, folder.classes)
+
+
+def report_broken(broken: set[str], total: int) -> None:
+    """Name the pictures that could not be read; too many of them are a UserError."""
+    for line in sorted(broken):
+        tqdm.write(f"replaced a picture that cannot be read: {line}", file=sys.stderr)
+    if len(broken) > 0.01 * total:
+        raise UserError(
+            f"{len(broken)} of {total} pictures cannot be read, more than 1 %: the last is "
+            f"{max(broken)}. Remove or repair them"
+        )
+
+
+def _torchvision(name: str, part: str, data_dir: str, img_size: int, device) -> Pictures:
+    from torchvision import datasets
+
+    try:
+        if name == "stl10":
+            split = "train+unlabeled" if part == "train" else "test"
+            source = datasets.STL10(data_dir, split, download=True)
+            images, labels = torch.from_numpy(source.data), torch.from_numpy(source.labels)
+        else:
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            source = kind(data_dir, train=part == "train", download=True)
+            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+            labels = torch.tensor(source.targets)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is not in {data_dir} and could not be downloaded ({error}). "
+            "--data shapes needs no download; a folder with train/<class>/ and test/<class>/ works"
+        ) from error
+    if img_size != images.shape[-1]:
+        images = torch.cat([resize(chunk, img_size) for chunk in images.split(1000)])
+    return Pictures(images.to(device), {"class": labels.long()}, {"class": source.classes})
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) uint8 to (B, 3, size, size) uint8, bilinear, antialiased."""
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
+# -------------------------------------------------------------------------- a training step
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, for the cache of `draw_step`
+class Plan:
+    """What the steps of a run draw, and which part of it this process works on."""
+
+    seed: int
+    index: Tensor  # (n,) of the pictures to train on
+    batch_size: int  # pictures an optimizer step, over all processes
+    accum_steps: int
+    masks: MaskCollator
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    flip: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch_size // (self.accum_steps * self.world_size)
+
+
+@dataclass
+class Batch:
+    """One micro-batch on its way to the model."""
+
+    images: Tensor  # (b, 3, S, S): float32, normalized
+    context_idx: Tensor  # (b, K)
+    target_idx: Tensor  # (b, M, T)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of one epoch, (n,)."""
+    return torch.randperm(n, generator=generator_for(seed, "order", epoch))
+
+
+@lru_cache(maxsize=2)
+def draw_step(plan: Plan, step: int) -> tuple[Tensor, CropRandomness, Tensor, Tensor]:
+    """Pictures (B,), crops and masks of one step, for the whole batch: the same for everyone."""
+    n, first = len(plan.index), step * plan.batch_size
+    places = torch.arange(first, first + plan.batch_size)  # in the endless sequence of epochs
+    chosen = torch.empty_like(places)
+    for epoch in range(int(places[0]) // n, int(places[-1]) // n + 1):
+        here = places // n == epoch
+        chosen[here] = epoch_order(plan.seed, epoch, n)[places[here] % n]
+    crops = CropRandomness.draw(plan.batch_size, plan.flip, generator_for(plan.seed, "crop", step))
+    masks = plan.masks.sample(plan.batch_size, generator_for(plan.seed, "masks", step))
+    return plan.index[chosen], crops, *masks
+
+
+def share(plan: Plan, micro: int) -> slice:
+    """Which places of the batch are this process's micro-batch number `micro`."""
+    first = (micro * plan.world_size + plan.rank) * plan.micro_batch
+    return slice(first, first + plan.micro_batch)
+
+
+class _Stream(torch.utils.data.Dataset):
+    """Micro-batches of a folder, decoded, cropped and masked by a worker process."""
+
+    def __init__(self, folder: Folder, plan: Plan):
+        self.folder, self.plan = folder, plan
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, set[str]]:
+        step, micro = key
+        index, crops, context_idx, target_idx = draw_step(self.plan, step)
+        part = share(self.plan, micro)
+        index, crops, size = index[part], crops[part], self.folder.img_size
+        images, broken = torch.empty(len(index), 3, size, size, dtype=torch.uint8), set()
+        for i, number in enumerate(index.tolist()):
+            picture = self.folder.open(number, broken)
+            width, height = (torch.tensor([side]) for side in picture.size)
+            box = crops[i : i + 1].boxes(height, width, self.plan.crop_scale)[0].tolist()
+            top, left, h, w = box
+            picture = picture.resize(
+                (size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
+            )
+            images[i] = to_tensor(picture)
+            if crops.flip[i]:
+                images[i] = images[i].flip(-1)
+        return images, context_idx[part], target_idx[part], broken
+
+
+def train_batches(
+    data: Pictures | Folder,
+    plan: Plan,
+    steps: range,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The micro-batches of this process for the given steps, `accum_steps` for each.
+
+    In memory: indices, crops and masks are drawn one step ahead in a thread, pictures are cropped
+    on the device. On disk: `workers` processes decode. Raises UserError when more than 1 % of a
+    folder's pictures cannot be read.
+    """
+    keys = [(step, micro) for step in steps for micro in range(plan.accum_steps)]
+    if isinstance(data, Pictures):
+        yield from _from_memory(data, plan, keys, device)
+        return
+    loader = DataLoader(
+        _Stream(data, plan),
+        sampler=keys,
+        batch_size=None,  # a worker makes a whole micro-batch
+        num_workers=workers,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    broken: set[str] = set()
+    for images, context_idx, target_idx, new in loader:
+        if new - broken:
+            broken |= new
+            report_broken(broken, len(data))
+        images, context_idx, target_idx = (
+            x.to(device, non_blocking=True) for x in (images, context_idx, target_idx)
+        )
+        yield Batch(normalize(images), context_idx, target_idx)
+
+
+def _from_memory(data: Pictures, plan: Plan, keys: list, device) -> Iterator[Batch]:
+    size = data.images.shape[-1]
+
+    def prepare(key: tuple[int, int]) -> tuple[Tensor, ...]:
+        index, crops, context_idx, target_idx = draw_step(plan, key[0])
+        part = share(plan, key[1])
+        index, crops = index[part], crops[part]
+        side = torch.full_like(index, size)
+        boxes = crops.boxes(side, side, plan.crop_scale)
+        prepared = (index, boxes, crops.flip, context_idx[part], target_idx[part])
+        pin = torch.device(device).type == "cuda"
+        return tuple(x.pin_memory() if pin else x for x in prepared)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = [thread.submit(prepare, key) for key in keys[:1]]
+        for following in [*keys[1:], None]:
+            prepared = coming.pop().result()
+            if following is not None:
+                coming.append(thread.submit(prepare, following))
+            index, boxes, flip, context_idx, target_idx = (
+                x.to(device, non_blocking=True) for x in prepared
+            )
+            images = normalize(data.centre(index))
+            if plan.crop_scale != (1.0, 1.0) or plan.flip:
+                images = crop_resize(images, boxes, flip, size)
+            yield Batch(images, context_idx, target_idx)
+
+
+def eval_batches(
+    data: Pictures | Folder,
+    index: Tensor,
+    batch_size: int = 500,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """The pictures `index`, as evaluation sees them: float32 (b, 3, S, S), normalized."""
+    parts = index.split(batch_size)
+    if isinstance(data, Folder) and workers:
+        loader = DataLoader(_Centres(data), sampler=parts, batch_size=None, num_workers=workers)
+    else:
+        loader = (data.centre(part) for part in parts)
+    for images in loader:
+        yield normalize(images.to(device, non_blocking=True))
+
+
+class _Centres(torch.utils.data.Dataset):
+    """For worker processes: `Folder.centre` under the name that DataLoader calls."""
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.folder.centre(index)

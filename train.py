@@ -1,0 +1,758 @@
+"""Train I-JEPA, on a laptop or on many GPUs.
+
+    python train.py                                           # five minutes on two CPU cores
+    python train.py --model vit_tiny --data cifar10           # one GPU
+    python train.py --model vit_small --data path/to/folder --img-size 224 --patch-size 16
+    torchrun --nproc_per_node 8 train.py --model vit_huge     # ImageNet in data/imagenet
+    python train.py --model vit_tiny --data cifar10 --resume  # go on where that run stopped
+
+A run lives in its folder (--out): last.pt and best.pt, log.csv, curves.png, and at the end
+result.json and result.png. It is a function of the seed and the batch size: processes, accumulation
+steps and workers may differ, also when it is resumed.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import probe
+from data import (
+    NAMED,
+    Batch,
+    Folder,
+    Pictures,
+    Plan,
+    UserError,
+    default_sizes,
+    eval_batches,
+    generator_for,
+    hold_out,
+    load_data,
+    option,
+    parse_options,
+    run_script,
+    train_batches,
+)
+from ijepa import (
+    IJEPA,
+    MODELS,
+    STRATEGIES,
+    IJEPAConfig,
+    MaskCollator,
+    Recipe,
+    learning_rate,
+    parameter_groups,
+    set_rates,
+    target_momentum,
+    weight_decay,
+)
+
+Range = tuple[float, float]
+
+# ------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that defines a run. What is None here comes from the model's recipe."""
+
+    model: str = option("vit_nano", "which model, and which recipe", MODELS)
+    data: str | None = option(None, f"{', '.join(NAMED)}, or a folder with train/<class>/")
+    data_dir: str = option("data", "where named sets are, or are downloaded to")
+    out: str | None = option(None, "the run's folder (default: runs/<model>_<data>)")
+    resume: bool = option(False, "go on with the run in --out; its options need not be repeated")
+    seed: int = option(0, "of everything random")
+
+    epochs: int | None = option(None, "passes over the training pictures")
+    steps: int | None = option(None, "optimizer steps, instead of --epochs")
+    batch_size: int | None = option(None, "pictures an optimizer step, over all GPUs")
+    accum_steps: int = option(1, "split each batch, to save memory; changes nothing else")
+    lr: float | None = option(None, "peak; more for larger batches, but less than in proportion")
+    start_lr: float | None = option(None, "at the start of the warm-up")
+    final_lr: float | None = option(None, "at the end")
+    warmup_epochs: float | None = option(None, "of the learning rate; a fraction is fine")
+    weight_decay: float | None = option(None, "at the start")
+    final_weight_decay: float | None = option(None, "at the end")
+    momentum: float | None = option(None, "of the target encoder; lower it for short runs")
+    final_momentum: float | None = option(None, "at the end")
+
+    img_size: int | None = option(None, "pixels; by default what suits the pictures")
+    patch_size: int | None = option(None, "pixels")
+    predictor_dim: int | None = option(None, "width of the predictor (Table 14)")
+    predictor_depth: int | None = option(None, "its layers (Table 12)")
+    target: str | None = option(None, "what to predict (Table 7)", ("representation", "pixels"))
+    target_mask: str | None = option(None, "where targets are cut (Table 11)", ("output", "input"))
+    target_layers: int | None = option(None, "average the targets over the last n layers")
+    loss: str | None = option(None, "smooth L1 as released, or squared L2", ("smooth_l1", "l2"))
+    init_std: float | None = option(None, "of the initial weights")
+
+    masks: str = option("multiblock", "masking strategy (Table 6)", STRATEGIES)
+    num_targets: int | None = option(None, "target blocks a picture (Table 10)")
+    target_scale: Range | None = option(None, "their share of the picture (Table 8)")
+    target_aspect: Range = option((0.75, 1.5), "their height by width")
+    context_scale: Range | None = option(None, "the context block's share (Table 9)")
+    context_size: int | None = option(None, "context patches a picture")
+
+    crop_scale: Range | None = option(None, "share of the picture in a random crop; 1 1: none")
+    flip: bool | None = option(None, "mirror half of the pictures")
+    clutter: float = option(1.0, "how busy the pictures of --data shapes are")
+
+    bf16: bool | None = option(None, "autocast to bfloat16 (default: on a GPU that has it)")
+    compile: bool | None = option(None, "torch.compile (default: on a GPU)")
+    workers: int | None = option(None, "processes that decode pictures (default: one a core)")
+    device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
+    eval_every: int | None = option(None, "steps between evaluations (default: ten a run)")
+    eval_images: int | None = option(None, "pictures to evaluate with (default: 10000 on a CPU)")
+    save_every: int = option(1000, "steps between checkpoints, beside those at evaluations")
+    log_every: int = option(10, "steps between lines of log.csv")
+    wandb: bool = option(False, "log to Weights & Biases as well")
+
+
+# These may change when a run is resumed: they do not change what is computed.
+FREE = {
+    "data_dir", "out", "resume", "accum_steps", "bf16", "compile", "workers", "device",
+    "eval_every", "eval_images", "save_every", "log_every", "wandb",
+}  # fmt: skip
+
+
+def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, dict | None]:
+    """Command line -> complete configuration, architecture, and the checkpoint to resume from."""
+    config, given = parse_options(TrainConfig, __doc__, argv)
+    checkpoint = None
+    if config.resume:
+        config, checkpoint = _resume(config, given)
+    recipe = MODELS[config.model].recipe
+    filled = {"data": config.data or recipe.data}
+    filled["out"] = config.out or _default_out(config.model, filled["data"])
+    for field in dataclasses.fields(Recipe):
+        if getattr(config, field.name) is None:
+            filled[field.name] = getattr(recipe, field.name)
+    if config.epochs is not None and config.warmup_epochs is None:
+        filled["warmup_epochs"] = recipe.warmup_epochs * config.epochs / recipe.epochs
+    config = dataclasses.replace(config, **filled)
+    for name in ("epochs", "steps", "batch_size", "accum_steps", "log_every", "save_every"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    try:
+        return config, _architecture(config), checkpoint
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _default_out(model: str, data: str) -> str:
+    return f"runs/{model}_{Path(data).name}"
+
+
+def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
+    """The configuration of the run in --out; options that would change the run are refused."""
+    data = config.data or MODELS[config.model].recipe.data
+    out = config.out or _default_out(config.model, data)
+    path = Path(out) / "last.pt"
+    if not path.is_file():
+        raise UserError(f"--resume: there is no {path} to go on from (leave out --resume to start)")
+    checkpoint = probe.read_checkpoint(path)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    saved = {k: v for k, v in checkpoint["config"].items() if k in names}
+    for name in sorted(given - FREE):
+        if getattr(config, name) != saved.get(name):
+            raise UserError(
+                f"--resume: the run in {out} has {name} {saved.get(name)}, not "
+                f"{getattr(config, name)}: leave the option out, or start another run with --out"
+            )
+    kept = {name: getattr(config, name) for name in FREE}
+    return TrainConfig(**saved | kept | {"out": out}), checkpoint
+
+
+def _architecture(config: TrainConfig) -> IJEPAConfig:
+    """The model's configuration with what the command line changes; ValueError if impossible."""
+    model = MODELS[config.model]
+    changes = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(IJEPAConfig)
+        if getattr(config, field.name, None) is not None
+    }
+    if config.data != model.recipe.data:  # other pictures, other sizes, unless they are given
+        size, patch = default_sizes(config.data, config.data_dir)
+        if size != model.config.img_size:
+            changes = {"img_size": size, "patch_size": patch} | changes
+    return dataclasses.replace(model.config, **changes)
+
+
+# -------------------------------------------------------------------------------- where it runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def placed(device: str | None) -> Iterator[Place]:
+    """Join the other processes, if `torchrun` started this one, and leave them at the end."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave the option out")
+    if world_size == 1:
+        yield Place(0, 1, torch.device(kind))
+        return
+    if kind == "cuda":
+        kind = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(kind)
+    dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    try:
+        yield Place(rank, world_size, torch.device(kind))
+    finally:
+        dist.destroy_process_group()
+
+
+def main_first(place: Place, function):
+    """Call `function` everywhere, on the main process before the others: it may download files."""
+    if place.world_size > 1 and not place.main:
+        dist.barrier()
+    result = function()
+    if place.world_size > 1 and place.main:
+        dist.barrier()
+    return result
+
+
+# ------------------------------------------------------------------------------- is it learning?
+
+
+class Evaluation:
+    """The figures that tell learning from collapse, on pictures that training never sees."""
+
+    def __init__(self, config: TrainConfig, data: Pictures | Folder, place: Place, workers: int):
+        self.config, self.data, self.place, self.workers = config, data, place, workers
+        self.train_index, self.val_index = hold_out(data)
+        if len(self.val_index) < 4:
+            raise UserError(f"{len(data)} labelled pictures are too few: evaluation needs 40")
+        limit = config.eval_images or (10_000 if place.device.type == "cpu" else len(data))
+        shuffled = self.train_index[torch.randperm(len(self.train_index), generator=_fixed())]
+        labelled = self.labels(shuffled) >= 0
+        self.bank_index = shuffled[labelled][:limit]  # neighbours are looked for among these
+        self.query_index = self.val_index[: max(4, limit // 4)]
+        self.k = min(20, len(self.bank_index))
+
+    def labels(self, index: Tensor, task: str | None = None) -> Tensor:
+        """(n,) labels of a task, the set's first one by default."""
+        return self.data.labels[task or next(iter(self.data.labels))][index]
+
+    def batches(self, index: Tensor) -> Iterator[Tensor]:
+        return eval_batches(self.data, index, 500, self.place.device, self.workers)
+
+    def features(self, encoder, index: Tensor) -> Tensor:
+        """Pooled features (n, D) on the CPU; every process computes its part."""
+        world, rank = self.place.world_size, self.place.rank
+        part = probe.pooled_features(encoder, self.batches(index[rank::world]))
+        if world == 1:
+            return part
+        parts = [None] * world
+        dist.all_gather_object(parts, part)
+        gathered = torch.empty(len(index), part.shape[1])
+        for other, features in enumerate(parts):
+            gathered[other::world] = features
+        return gathered
+
+    @torch.no_grad()
+    def loss(self, model: IJEPA, masks: MaskCollator) -> float:
+        """Mean loss over held-out pictures, with masks that are the same at every evaluation."""
+        index = self.query_index[:1000]
+        masks = masks.sample(len(index), _fixed())
+        total = torch.zeros((), dtype=torch.float64)
+        parts = zip(index.split(250), *(mask.split(250) for mask in masks), strict=True)
+        for i, (part, context_idx, target_idx) in enumerate(parts):
+            if i % self.place.world_size == self.place.rank:
+                images = next(self.batches(part))
+                masks = (x.to(images.device) for x in (context_idx, target_idx))
+                total += model(images, *masks).double().cpu() * len(part)
+        if self.place.world_size > 1:
+            total = total.to(self.place.device)
+            dist.all_reduce(total)
+        return float(total) / len(index)
+
+    def __call__(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
+        """Held-out loss, and of the target encoder: kNN accuracy, RankMe and feature spread."""
+        bank = self.features(model.target_encoder, self.bank_index)
+        queries = self.features(model.target_encoder, self.query_index)
+        prediction = probe.knn(bank, self.labels(self.bank_index), queries, k=self.k)
+        correct = prediction.weighted == self.labels(self.query_index)
+        return {
+            "val_loss": self.loss(model, masks),
+            "knn": 100 * correct.double().mean().item(),
+            "rankme": probe.rankme(queries),
+            "feature_std": probe.feature_std(queries),
+        }
+
+    def compare(self, encoders: dict[str, torch.nn.Module]) -> list[dict]:
+        """kNN and linear probe of raw pixels and of each encoder, on held-out pictures.
+
+        Half of them choose the probe's settings, the other half give the figures.
+        """
+        choose, report = self.query_index[::2], self.query_index[1::2]
+        parts = (self.bank_index, choose, report)
+        pixels = [torch.cat([probe.pixels(x) for x in self.batches(i)]) for i in parts]
+        features = {"raw pixels": pixels}
+        for name, encoder in encoders.items():
+            features[name] = [self.features(encoder, i) for i in parts]
+        labels = {task: [self.labels(i, task) for i in parts] for task in self.data.labels}
+        return probe.compare(features, labels, k=self.k)
+
+
+def _fixed() -> torch.Generator:
+    return generator_for("evaluation")
+
+
+# ------------------------------------------------------------------------------ what a run leaves
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint so that at every moment either the old or the new one is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = "the previous one is still there" if path.exists() else "there was none before"
+        raise UserError(f"could not write the checkpoint {path} ({error}); {kept}") from error
+
+
+COLUMNS = (
+    "step", "epoch", "loss", "lr", "weight_decay", "momentum", "images_per_s",
+    "val_loss", "knn", "rankme", "feature_std",
+)  # fmt: skip
+
+
+class Log:
+    """log.csv, a line every few steps and one for each evaluation, and the curves drawn from it."""
+
+    def __init__(self, out: Path, first_step: int):
+        self.path = out / "log.csv"
+        rows = []
+        if self.path.exists():  # what was logged after the checkpoint will be logged again
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        self.rows = rows
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def add(self, **row) -> None:
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
+
+    def column(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a column, where it has a value."""
+        rows = [row for row in self.rows if row.get(name) not in (None, "")]
+        return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+    def draw(self, path: Path) -> None:
+        """The four curves to look at together: a falling loss alone may be a collapse."""
+        figure, axes = plt_subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+        panels = (
+            ("Loss", ("loss", "val_loss"), ("training", "held out")),
+            ("20-NN accuracy, held out (%)", ("knn",), ("",)),
+            ("RankMe (effective dimensions)", ("rankme",), ("",)),
+            ("Feature spread", ("feature_std",), ("",)),
+        )
+        for axis, (title, names, labels) in zip(axes, panels, strict=True):
+            for name, label, style in zip(names, labels, ("-", "o-"), strict=False):
+                style = style if len(names) > 1 else "o-"
+                axis.plot(*self.column(name), style, label=label, markersize=4)
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+            if len(names) > 1:
+                axis.legend()
+        figure.savefig(path, dpi=110)
+
+
+def plt_subplots(*args, **kwargs):
+    """Subplots that need no screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(**{k: kwargs.pop(k) for k in ("figsize", "layout")})
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def draw_result(
+    path: Path, model: IJEPA, evaluation: Evaluation, masks: MaskCollator, columns: int = 8
+) -> None:
+    """Pictures with their context and targets, and the nearest neighbours of a few pictures."""
+    queries = evaluation.query_index[:4]
+    bank = evaluation.bank_index
+    found = probe.knn(
+        evaluation.features(model.target_encoder, bank),
+        evaluation.labels(bank),
+        evaluation.features(model.target_encoder, queries),
+        k=min(columns - 1, len(bank)),
+    )
+    if not evaluation.place.main:
+        return
+    grid, patch = model.encoder.grid, model.encoder.patch_size
+    context_idx, target_idx = masks.sample(len(queries), _fixed())
+    pictures = evaluation.data.centre(queries).cpu()
+    figure, axes = plt_subplots(8, columns, figsize=(1.5 * columns, 12.6), layout="constrained")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+
+    def show(axis, picture: Tensor, seen: Tensor | None = None, title: str = "") -> None:
+        shown = picture.permute(1, 2, 0).float() / 255
+        if seen is not None:  # patches that are not in the set are white
+            visible = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+            visible[seen] = True
+            visible = visible.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+            shown = torch.where(visible[..., None], shown, torch.ones_like(shown))
+        axis.imshow(shown, interpolation="nearest")
+        axis.set_title(title, fontsize=11)
+
+    for row, picture in enumerate(pictures):
+        show(axes[row, 0], picture, title="picture" if row == 0 else "")
+        show(axes[row, 1], picture, context_idx[row], "context" if row == 0 else "")
+        for i, block in enumerate(target_idx[row][: columns - 2]):
+            show(axes[row, 2 + i], picture, block, f"target {i + 1}" if row == 0 else "")
+    for row, (picture, neighbours) in enumerate(zip(pictures, found.neighbours, strict=True)):
+        show(axes[4 + row, 0], picture, title="picture" if row == 0 else "")
+        nearest = evaluation.data.centre(bank[neighbours]).cpu()
+        for i, neighbour in enumerate(nearest):
+            title = f"neighbour {i + 1}" if row == 0 else ""
+            show(axes[4 + row, 1 + i], neighbour, title=title)
+    figure.savefig(path, dpi=110)
+
+
+# -------------------------------------------------------------------------------------- the run
+
+
+def describe(config: TrainConfig, model: IJEPA, data, plan: Plan, place: Place, total: int) -> str:
+    """What is about to happen, in a few lines."""
+    size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    predictor = sum(p.numel() for p in model.predictor.parameters()) / 1e6
+    rows, columns = model.encoder.grid
+    where = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
+    kind = "in memory" if isinstance(data, Pictures) else "streamed from disk"
+    masks = plan.masks
+    split = f"{place.world_size} process(es) x {config.accum_steps} micro-batch(es)"
+    return "\n".join(
+        (
+            f"model    {config.model}: encoder {size:.2f} M, predictor {predictor:.2f} M parameters",
+            f"pictures {config.data}: {len(plan.index)} to train on, "
+            f"{len(data) - len(plan.index)} held out, {kind}, {model.config.img_size} pixels",
+            f"masks    {masks.strategy} on {rows}x{columns} patches: context {masks.context_size}, "
+            f"{masks.num_targets} target(s)",
+            f"device   {where}, {'bfloat16 autocast' if config.bf16 else 'float32'}, "
+            f"{'compiled' if config.compile else 'not compiled'}",
+            f"batch    {config.batch_size} pictures = {split} x {plan.micro_batch}",
+            f"run      {total} steps ({total * config.batch_size / len(plan.index):.1f} epochs), "
+            f"seed {config.seed}, in {config.out}",
+        )
+    )
+
+
+def step_seconds(run_micro, batch: Batch, place: Place, accum_steps: int, small: bool) -> float:
+    """Measured time of an optimizer step; small: from two pictures, for what may take minutes."""
+    images, context_idx, target_idx = batch.images, batch.context_idx, batch.target_idx
+    scale = 1.0
+    if small:
+        scale = len(images) / 2
+        images, context_idx, target_idx = images[:2], context_idx[:2], target_idx[:2]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run_micro(Batch(images, context_idx, target_idx)).item()  # .item() waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times) * scale * accum_steps
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that one can plan by."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def train(config: TrainConfig, architecture: IJEPAConfig, checkpoint: dict | None) -> None:
+    """Run from the first step, or from the checkpoint's, to the last, and say what was learned."""
+    with placed(config.device) as place:
+        _train(config, architecture, checkpoint, place)
+
+
+def _train(
+    config: TrainConfig, architecture: IJEPAConfig, checkpoint: dict | None, place: Place
+) -> None:
+    say = tqdm.write if place.main else (lambda *_: None)
+    cuda = place.device.type == "cuda"
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    out = Path(config.out)
+    best, last = out / "best.pt", out / "last.pt"
+    if checkpoint is None and (out.exists() and any(out.iterdir())):
+        raise UserError(
+            f"{out} is not empty, and may hold a run: add --resume to go on with it, or choose "
+            "another folder with --out"
+        )
+
+    # The model: initial weights depend on the seed alone, wherever they end up.
+    torch.manual_seed(config.seed)
+    model = IJEPA(architecture).to(place.device)
+    grid = model.encoder.grid
+    try:
+        masks = MaskCollator(
+            grid,
+            config.masks,
+            num_targets=config.num_targets,
+            target_scale=config.target_scale,
+            target_aspect=config.target_aspect,
+            context_scale=config.context_scale,
+            context_size=config.context_size,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    # The pictures.
+    shapes = {"clutter": config.clutter} if config.data == "shapes" else {}
+    data = main_first(
+        place,
+        lambda: load_data(
+            config.data, "train", config.data_dir, architecture.img_size, place.device, **shapes
+        ),
+    )
+    workers = config.workers if config.workers is not None else (os.cpu_count() or 1)
+    evaluation = Evaluation(config, data, place, workers)
+    parts = place.world_size * config.accum_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"a batch of {config.batch_size} does not divide into {place.world_size} process(es) "
+            f"x {config.accum_steps} micro-batch(es)"
+        )
+    plan = Plan(
+        seed=config.seed,
+        index=evaluation.train_index,
+        batch_size=config.batch_size,
+        accum_steps=config.accum_steps,
+        masks=masks,
+        crop_scale=config.crop_scale,
+        flip=config.flip,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    pictures = len(plan.index)
+    total = config.steps or math.ceil(config.epochs * pictures / config.batch_size)
+    warmup = round(total * config.warmup_epochs / config.epochs)
+    eval_every = config.eval_every or math.ceil(total / 10)
+
+    # The optimizer, and what a checkpoint brings.
+    optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
+    first, best_knn = 0, -1.0
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first, best_knn = checkpoint["step"], checkpoint["best_knn"]
+    if place.main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            log = Log(out, first)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written to: {error}") from error
+    else:
+        log = None
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph for each number of target patches
+        model.compile(dynamic=False)
+    wrapped = model
+    if place.world_size > 1:
+        wrapped = DistributedDataParallel(
+            model, device_ids=[place.device] if cuda else None, broadcast_buffers=False
+        )
+
+    def run_micro(batch: Batch, sync: bool = True) -> Tensor:
+        """Forward and backward of one micro-batch; gradients add up over the micro-batches."""
+        no_sync = contextlib.nullcontext() if sync or wrapped is model else wrapped.no_sync()
+        with no_sync:
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=config.bf16):
+                loss = wrapped(batch.images, batch.context_idx, batch.target_idx)
+            (loss / config.accum_steps).backward()
+        return loss.detach() / config.accum_steps
+
+    def state(step: int) -> dict:
+        return {
+            "format": probe.CHECKPOINT_FORMAT,
+            "config": dataclasses.asdict(config),
+            "architecture": dataclasses.asdict(architecture),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "best_knn": best_knn,
+            "random_state": torch.get_rng_state(),
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+        }
+
+    def evaluate(step: int, row: dict) -> None:
+        nonlocal best_knn
+        figures = evaluation(model, masks)
+        improved = figures["knn"] > best_knn
+        best_knn = max(best_knn, figures["knn"])
+        if place.main:
+            log.add(step=step, epoch=step * config.batch_size / pictures, **row, **figures)
+            log.draw(out / "curves.png")
+            save(last, state(step))
+            if improved:
+                save(best, state(step))
+            if run:
+                run.log({"Epoch": row.get("epoch"), **figures}, step=step)
+        say(
+            f"step {step:6d}  loss {row.get('loss', math.nan):7.4f}  held out "
+            f"{figures['val_loss']:7.4f}  {evaluation.k}-NN {figures['knn']:5.1f} %  RankMe "
+            f"{figures['rankme']:6.1f}  spread {figures['feature_std']:.4f}"
+        )
+
+    say(describe(config, model, data, plan, place, total))
+    run = start_wandb(config) if config.wandb and place.main else None
+    batches = train_batches(data, plan, range(first, total), place.device, workers)
+    coming = next(batches, None)
+    if coming is not None:
+        small = not cuda and sum(p.numel() for p in model.parameters()) > 50e6
+        seconds = step_seconds(run_micro, coming, place, config.accum_steps, small)
+        optimizer.zero_grad()
+        left = seconds * (total - first)
+        say(f"time     about {duration(left)} ({config.batch_size / seconds:.0f} pictures/s)")
+        if not cuda and left > 86400:
+            say(
+                "That is long: this recipe is meant for GPUs. On a CPU try `python train.py`, "
+                "or --model vit_nano, or a shorter run with --steps 500."
+            )
+    if first == 0 and total > 0:
+        evaluate(0, {})
+
+    # The loop: rates, forward and backward, optimizer, moving average.
+    losses: list[Tensor] = []  # since the last line of the log, on the device
+    since = time.perf_counter()
+    bar = tqdm(
+        total=total, initial=first, disable=not place.main, unit=" steps", dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )  # fmt: skip
+    for step in range(first, total):
+        lr = learning_rate(step, total, warmup, config.start_lr, config.lr, config.final_lr)
+        decay = weight_decay(step, total, config.weight_decay, config.final_weight_decay)
+        momentum = target_momentum(step, total, config.momentum, config.final_momentum)
+        set_rates(optimizer, lr, decay)
+        loss = torch.zeros((), device=place.device)
+        for micro in range(config.accum_steps):
+            loss += run_micro(coming, sync=micro == config.accum_steps - 1)
+            coming = next(batches, None)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_target(momentum)
+        losses.append(loss)
+        bar.update()
+
+        done = step + 1
+        at_eval = done % eval_every == 0 or done == total
+        at_save = done % config.save_every == 0
+        if done % config.log_every == 0 or at_eval or at_save:
+            # Only here does the host wait for the device.
+            recent = torch.stack(losses)
+            if place.world_size > 1:
+                dist.all_reduce(recent, dist.ReduceOp.SUM)
+                recent /= place.world_size
+            recent = recent.tolist()
+            for i, value in enumerate(recent):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"the loss is {value} at step {done - len(recent) + i + 1}: stopped. "
+                        f"{last} is from before; try a lower --lr"
+                    )
+            rate = len(losses) * config.batch_size / (time.perf_counter() - since)
+            row = {
+                "loss": sum(recent) / len(recent),
+                "lr": lr,
+                "weight_decay": decay,
+                "momentum": momentum,
+                "images_per_s": rate,
+            }
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} pictures/s")
+            epoch = done * config.batch_size / pictures
+            if run:
+                run.log({"Epoch": epoch, "Train Loss": row["loss"], **row}, step=done)
+            if at_eval:
+                evaluate(done, row)
+            elif place.main:
+                log.add(step=done, epoch=epoch, **row)
+                if at_save:
+                    save(last, state(done))
+            losses, since = [], time.perf_counter()
+    bar.close()
+    finish(config, architecture, model, evaluation, masks, place, out, run)
+
+
+def start_wandb(config: TrainConfig):
+    """A Weights & Biases run; WANDB_MODE=offline works without a network."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb needs the package wandb: pip install wandb") from error
+    return wandb.init(project="ijepa", config=dataclasses.asdict(config), dir=config.out)
+
+
+def finish(config, architecture, model, evaluation, masks, place, out: Path, run) -> None:
+    """The table and the picture at the end."""
+    torch.manual_seed(config.seed)
+    untrained = IJEPA(architecture).target_encoder.to(place.device)
+    rows = evaluation.compare({"untrained": untrained, "trained": model.target_encoder})
+    draw_result(out / "result.png", model, evaluation, masks)
+    if not place.main:
+        return
+    (out / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
+    tqdm.write("\nAccuracy on held-out pictures, %\n" + probe.format_table(rows))
+    tqdm.write(f"\ncurves: {out / 'curves.png'}   pictures: {out / 'result.png'}")
+    if run:
+        import wandb
+
+        artifact = wandb.Artifact("ijepa_best_model", type="model")
+        artifact.add_file(str(out / "best.pt"))
+        run.log_artifact(artifact)
+        run.finish()
+
+
+def main() -> None:
+    config, architecture, checkpoint = configure()
+    has_gpu = torch.cuda.is_available() and config.device != "cpu"
+    config = dataclasses.replace(
+        config,
+        bf16=config.bf16 if config.bf16 is not None else has_gpu and torch.cuda.is_bf16_supported(),
+        compile=config.compile if config.compile is not None else has_gpu,
+    )
+    train(config, architecture, checkpoint)
+
+
+if __name__ == "__main__":
+    run_script(main)
