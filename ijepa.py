@@ -61,19 +61,20 @@ from torch.utils.data import default_collate
 
 # ------------------------------------------------------------------------------- configuration
 
+Pair = tuple[int, int]  # (rows, columns), or (height, width)
+Range = tuple[float, float]  # (low, high)
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A side, or (rows, columns), as (rows, columns)."""
+
+def pair(size: int | Pair) -> Pair:
+    """A side as (side, side); a pair as it is."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def grid_of(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid_of(img_size: int | Pair, patch_size: int) -> Pair:
     """Patches down and across an image. Raises ValueError if they do not fill it exactly."""
     height, width = pair(img_size)
-    if patch_size < 1 or height < patch_size or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}"
-        )
+    if min(height, width, patch_size) < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"{height}x{width} pixels do not divide into patches of {patch_size}")
     return height // patch_size, width // patch_size
 
 
@@ -81,7 +82,7 @@ def grid_of(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]
 class IJEPAConfig:
     """The architecture: everything needed to build the three networks. Checked on construction."""
 
-    img_size: int | tuple[int, int] = 224  # pixels; the grid that the positions are scaled to
+    img_size: int | Pair = 224  # pixels; the grid that the positions are scaled to
     patch_size: int = 16  # pixels
     in_chans: int = 3
     embed_dim: int = 768  # D
@@ -106,15 +107,13 @@ class IJEPAConfig:
             ("loss", ("smooth_l1", "l2")),
             ("target_layers", range(1, self.depth + 1)),
         ):
-            if getattr(self, name) not in allowed:
+            if (value := getattr(self, name)) not in allowed:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: choose one of {list(allowed)}"
+                    f"{name} is {value!r}: choose one of {', '.join(map(str, allowed))}"
                 )
-        for dim, heads in (
-            (self.embed_dim, self.num_heads),
-            (self.predictor_dim, self.predictor_heads),
-        ):
-            if dim < 4 or heads < 1 or dim % 4 or dim % heads:
+        widths = (self.embed_dim, self.num_heads), (self.predictor_dim, self.predictor_heads)
+        for dim, heads in widths:
+            if min(dim, heads) < 1 or dim % 4 or dim % heads:
                 raise ValueError(f"width {dim} must be divisible by 4 and by its {heads} heads")
         if self.target == "pixels" and (self.target_layers > 1 or self.target_mask == "input"):
             raise ValueError("target 'pixels' has no layers to average and no input to mask")
@@ -123,9 +122,7 @@ class IJEPAConfig:
 # ----------------------------------------------------------------- positions and tokens (Sec. 3)
 
 
-def sincos_positions(
-    dim: int, grid: tuple[int, int], train_grid: tuple[int, int] | None = None
-) -> Tensor:
+def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Tensor:
     """Fixed 2-D sine-cosine positions, (N, dim) float32: half for the column, half for the row.
 
     A coordinate c becomes sin(c w_i) and cos(c w_i) with w_i = 10000^(-4 i / dim), i < dim / 4.
@@ -155,8 +152,8 @@ def take(tokens: Tensor, idx: Tensor) -> Tensor:
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Images as patches of pixels: (B, C, H p, W p) -> (B, N, p p C)."""
-    p = patch_size
-    return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
+    sides = {"p1": patch_size, "p2": patch_size}
+    return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", **sides)
 
 
 # ------------------------------------------------------------------- Vision Transformer (Sec. 3)
@@ -239,7 +236,7 @@ class ViT(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int],
+        img_size: int | Pair,
         patch_size: int,
         embed_dim: int,
         depth: int,
@@ -262,13 +259,6 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         init_weights(self, self.blocks, init_std)
 
-    def positions(self, images: Tensor) -> Tensor:
-        """The positions of these images' patches, (N, D)."""
-        grid = grid_of(tuple(images.shape[-2:]), self.patch_size)
-        if grid == self.grid:
-            return self.pos_embed
-        return sincos_positions(self.embed_dim, grid, self.grid).to(self.pos_embed)
-
     def last_layers(self, images: Tensor, n: int, keep: Tensor | None = None) -> list[Tensor]:
         """The outputs of the last n layers, each through the last norm; n = 1 is `forward`.
 
@@ -278,7 +268,10 @@ class ViT(nn.Module):
         Returns:
             n tensors (B, K, D), or (B, N, D) without `keep`; the deepest layer comes last.
         """
-        x = self.patch_embed(images) + self.positions(images)  # (B, N, D)
+        grid, positions = grid_of(images.shape[-2:], self.patch_size), self.pos_embed  # (N, D)
+        if grid != self.grid:
+            positions = sincos_positions(self.embed_dim, grid, self.grid).to(positions)
+        x = self.patch_embed(images) + positions  # (B, N, D)
         if keep is not None:
             # After the position is added, so each patch knows its place; before the first block,
             # so nothing of the hidden patches can leak in, and they cost nothing.
@@ -304,7 +297,7 @@ class Predictor(nn.Module):
 
     def __init__(
         self,
-        grid: tuple[int, int],
+        grid: Pair,
         embed_dim: int,
         predictor_dim: int,
         depth: int,
@@ -349,8 +342,8 @@ class Strategy(NamedTuple):
     """How Table 6 hides parts of an image."""
 
     num_targets: int
-    target_scale: tuple[float, float]
-    context_scale: tuple[float, float]
+    target_scale: Range
+    context_scale: Range
     context_share: float  # default size of the context, as a share of the grid, at most
 
 
@@ -362,9 +355,7 @@ STRATEGIES = {
 }
 
 
-def block_shapes(
-    grid: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float], steps: int = 32
-) -> Tensor:
+def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Tensor:
     """The shapes a block can take, (steps^2, 2) int64 rows of (height, width) in patches.
 
     One row for each pair of a scale (share of the grid's area) and an aspect ratio (height by
@@ -382,9 +373,8 @@ def block_shapes(
     if (shapes > torch.tensor(grid)).any():
         height, width = shapes.amax(0).tolist()
         raise ValueError(
-            f"blocks of scale {scale} and aspect {aspect} grow to {height} rows or {width} columns "
-            f"and do not fit a grid of {grid[0]}x{grid[1]} patches: lower the scale, or bring the "
-            "aspect closer to 1"
+            f"blocks of scale {scale} and aspect {aspect} take up to {height} rows or {width} "
+            f"columns of {grid[0]}x{grid[1]} patches: lower the scale, or bring aspect closer to 1"
         )
     return shapes
 
@@ -411,12 +401,12 @@ class MaskCollator:
 
     def __init__(
         self,
-        grid: int | tuple[int, int],
+        grid: int | Pair,
         strategy: str = "multiblock",
         num_targets: int | None = None,
-        target_scale: tuple[float, float] | None = None,
-        target_aspect: tuple[float, float] = (0.75, 1.5),
-        context_scale: tuple[float, float] | None = None,
+        target_scale: Range | None = None,
+        target_aspect: Range = (0.75, 1.5),
+        context_scale: Range | None = None,
         context_size: int | None = None,
     ):
         if strategy not in STRATEGIES:
@@ -437,39 +427,35 @@ class MaskCollator:
         ):
             if not 0 < low <= high <= top:
                 raise ValueError(f"{name} {low, high}: need 0 < low <= high <= {top}")
+
         if strategy == "rasterized":
-            target_aspect = (1.0, 1.0)
             if rows % 2 or columns % 2 or (self.num_targets, *target_scale) != (3, 0.25, 0.25):
                 raise ValueError("rasterized masks are 3 quadrants of a grid with even sides")
-
-        self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)  # (S, 2)
-        if strategy == "random":  # scattered patches: only their number matters
-            share = torch.linspace(*target_scale, 32, dtype=torch.float64)
-            count = (share * self.num_patches).round().long().clamp(min=1)
-            self.target_shapes = torch.stack([torch.ones_like(count), count], dim=1)
+            self.target_shapes = torch.tensor([[rows // 2, columns // 2]])  # (S, 2)
+        elif strategy == "random":  # scattered patches: only their number matters
+            count = torch.linspace(*target_scale, 32, dtype=torch.float64) * self.num_patches
+            self.target_shapes = F.pad(count.round().long().clamp(min=1)[:, None], (1, 0), value=1)
+        else:
+            self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)
         self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
         self.context_size = self._check_context(context_size, default.context_share)
 
     def _check_context(self, wanted: int | None, share: float) -> int:
         """K, so small that for every target shape at least half of the draws leave that many."""
         generator = torch.Generator().manual_seed(0)
-        left = []  # for each target shape, what a tenth and what a half of the draws fall short of
-        for shape in self.target_shapes.unique(dim=0).tolist():
-            _, free = self._draw(256, shape, generator)
-            left.append(free.sum(1).double().quantile(torch.tensor([0.1, 0.5]).double()))
-        tenth, half = torch.stack(left).amin(0).floor().int().tolist()
-        size = min(tenth, round(share * self.num_patches)) if wanted is None else wanted
+        shapes = self.target_shapes.unique(dim=0).tolist()
+        left = [self._draw(256, shape, generator)[1].sum(1).sort().values for shape in shapes]
+        nearly_all, half = (int(torch.stack(left)[:, n].min()) for n in (25, 127))  # of 256 draws
+        size = min(nearly_all, round(share * self.num_patches)) if wanted is None else wanted
         if not 1 <= size <= half:
             raise ValueError(
-                f"a context of {size} patches beside {self.num_targets} targets on a grid of "
-                f"{self.grid[0]}x{self.grid[1]}: the largest targets leave {half} in half of the "
-                "draws. Use a smaller context size, or fewer or smaller targets"
+                f"a context of {size} patches: half of the draws leave no more than {half} of "
+                f"{self.num_patches} beside {self.num_targets} targets. Choose a context size from "
+                f"1 to {half}, or fewer or smaller targets"
             )
         return size
 
-    def _draw(
-        self, batch: int, shape: list[int], generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _draw(self, batch: int, shape: list[int], generator) -> tuple[Tensor, Tensor]:
         """Targets (B, M, T) of one shape, and which patches they leave to the context (B, N)."""
         rows, columns = self.grid
 
@@ -478,17 +464,16 @@ class MaskCollator:
             u = torch.rand(2, *size, generator=generator)
             return (u[0] * (rows - height + 1)).long(), (u[1] * (columns - width + 1)).long()
 
+        height, width = shape
         if self.strategy == "random":
             order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
-            count = min(self.num_targets * shape[1], self.num_patches)
-            targets = rearrange(order[:, :count], "b (m t) -> b m t", m=self.num_targets)
+            order = order.repeat(1, self.num_targets)  # enough to cut from, however many are asked
+            targets = order[:, : self.num_targets * width].unflatten(1, (-1, width))  # (B, M, T)
         else:
-            height, width = shape
+            top, left = place(height, width, batch, self.num_targets)  # (B, M) each
             if self.strategy == "rasterized":
                 quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
                 top, left = quadrant // 2 * height, quadrant % 2 * width
-            else:
-                top, left = place(height, width, batch, self.num_targets)  # (B, M) each
             inside = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
             targets = (top * columns + left)[..., None] + inside.flatten()  # (B, M, T)
 
@@ -501,9 +486,7 @@ class MaskCollator:
         free = (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)  # (B, N)
         return targets, free.scatter_(1, targets.flatten(1), False)
 
-    def sample(
-        self, batch_size: int, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, batch_size: int, generator: torch.Generator | None = None):
         """Masks for a batch: `context_idx` (B, K) and `target_idx` (B, M, T), int64, on the CPU.
 
         Indices count patches row by row. The same generator state gives the same masks.

@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data import UserError
 from ijepa import ViT, cosine
 
 # ------------------------------------------------------------------------------------- features
@@ -501,17 +504,18 @@ def _train(
     batches = max(1, round(n / batch_size))  # of nearly equal size: no remainder, none tiny
     epochs = max(epochs, math.ceil(min_steps / batches))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    total = epochs * batches
+    step, total = 0, epochs * batches
     with tqdm(total=total, desc="linear probe", delay=2, disable=None if progress else True) as bar:
         for _ in range(epochs):
             order = torch.stack([torch.randperm(n, generator=g) for g in generators])  # (S, n)
             for idx in order.tensor_split(batches, dim=1):  # (S, b)
                 targets = F.one_hot(train_y[idx], classes).mT[:, :, None]  # (S, C, 1, b)
                 targets = targets.to(some)
-                factor = cosine(1.0, 0.0, bar.n / total)
+                factor = cosine(1.0, 0.0, step / total)
                 for key, stack in stacks.items():
                     x = turned[key].index_select(0, idx.flatten().to(turned[key].device))
                     stack.step(x.to(some).view(*idx.shape, -1), targets, factor)
+                step += 1
                 bar.update()
 
 
@@ -549,7 +553,7 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> float:
-    """Spread of the features: 0 if all images look alike, 1/sqrt(D) if they are all over the place.
+    """Spread of the features: 0 if all images look alike, 1/sqrt(D) if they differ in every way.
 
     Vectors are scaled to length one; of each dimension the standard deviation over the images is
     taken, and these are averaged (Chen and He, "SimSiam", CVPR 2021, Section 4.1).
@@ -577,3 +581,94 @@ def confusion(y_true: Tensor, y_pred: Tensor, num_classes: int) -> Tensor:
             raise ValueError(f"classes {int(y.min())} to {int(y.max())} of only {num_classes}")
     pairs = y_true * num_classes + y_pred
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT = "ijepa-1"
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of train.py: configuration, architecture, weights, optimizer, step.
+
+    Nothing in the file is run. Raises UserError if it is missing, damaged, or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is no checkpoint, or is truncated or damaged ({reason})"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is no checkpoint of train.py")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------- comparing
+
+
+def pixels(images: Tensor, size: int = 16) -> Tensor:
+    """Images as features, at 16 x 16 pixels: (b, C, H, W) -> (b, 256 C) on the CPU.
+
+    What every encoder must beat. More pixels make a linear probe slower and, there being more of
+    them than it can learn from, no better.
+    """
+    return F.interpolate(images, (size, size), mode="area").flatten(1).float().cpu()
+
+
+def compare(
+    features: dict[str, Sequence[Tensor]], labels: dict[str, Sequence[Tensor]], k: int = 20
+) -> list[dict]:
+    """20-NN and linear probe of several representations on several tasks.
+
+    Args:
+        features: name -> three tensors (n, F): to learn from, to choose the probe's settings on,
+            to report on.
+        labels: task -> three tensors (n,) int64.
+        k: neighbours.
+    The linear probe is a small one, batch norm and linear, for the end of a training run.
+
+    Returns:
+        One dict for each pair: features, task, knn, linear, linear_std (accuracies in percent),
+        chance (the share of the most frequent class) and the probe's chosen setting.
+    """
+    rows = []
+    for task, (train_y, choose_y, report_y) in labels.items():
+        chance = report_y.bincount().max().item() / len(report_y)
+        for name, (train_x, choose_x, report_x) in features.items():
+            prediction = knn(train_x, train_y, report_x, k=k)
+            probe = linear_probe(
+                train_x, train_y, choose_x, choose_y, report_x, report_y,
+                heads=("bn",), rates=(0.1, 0.3, 1.0), decays=(5e-4,), epochs=10, min_steps=300,
+            )  # fmt: skip
+            rows.append(
+                {
+                    "features": name,
+                    "task": task,
+                    "knn": 100 * (prediction.weighted == report_y).double().mean().item(),
+                    "linear": 100 * probe.best.test_mean,
+                    "linear_std": 100 * probe.best.test_std,
+                    "chance": 100 * chance,
+                }
+            )
+    return rows
+
+
+def format_table(rows: list[dict]) -> str:
+    """The rows of `compare`, a line for each representation and two columns for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = list(dict.fromkeys(row["features"] for row in rows))
+    width = max(len(name) for name in names)
+    header = "".join(f" | {task + ': 20-NN':>14} {'linear':>12}" for task in tasks)
+    lines = [" " * width + header]
+    for name in names:
+        cells = []
+        for task in tasks:
+            row = next(r for r in rows if (r["features"], r["task"]) == (name, task))
+            linear = f"{row['linear']:.1f} ± {row['linear_std']:.1f}"
+            cells.append(f" | {row['knn']:14.1f} {linear:>12}")
+        lines.append(f"{name:{width}}" + "".join(cells))
+    return "\n".join(lines)

@@ -250,9 +250,8 @@ class Evaluation:
         if len(self.val_index) < 4:
             raise UserError(f"{len(data)} labelled pictures are too few: evaluation needs 40")
         limit = config.eval_images or (10_000 if place.device.type == "cpu" else len(data))
-        shuffled = self.train_index[torch.randperm(len(self.train_index), generator=_fixed())]
-        labelled = self.labels(shuffled) >= 0
-        self.bank_index = shuffled[labelled][:limit]  # neighbours are looked for among these
+        labelled = self.labels(self.train_index) >= 0
+        self.bank_index = self.train_index[labelled][:limit]  # neighbours are among these
         self.query_index = self.val_index[: max(4, limit // 4)]
         self.k = min(20, len(self.bank_index))
 
@@ -427,11 +426,11 @@ def draw_result(
 
     def show(axis, picture: Tensor, seen: Tensor | None = None, title: str = "") -> None:
         shown = picture.permute(1, 2, 0).float() / 255
-        if seen is not None:  # patches that are not in the set are white
+        if seen is not None:  # what is hidden is grey
             visible = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
             visible[seen] = True
             visible = visible.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-            shown = torch.where(visible[..., None], shown, torch.ones_like(shown))
+            shown = torch.where(visible[..., None], shown, torch.full_like(shown, 0.75))
         axis.imshow(shown, interpolation="nearest")
         axis.set_title(title, fontsize=11)
 
@@ -630,9 +629,11 @@ def _train(
             if run:
                 run.log({"Epoch": row.get("epoch"), **figures}, step=step)
         say(
-            f"step {step:6d}  loss {row.get('loss', math.nan):7.4f}  held out "
-            f"{figures['val_loss']:7.4f}  {evaluation.k}-NN {figures['knn']:5.1f} %  RankMe "
-            f"{figures['rankme']:6.1f}  spread {figures['feature_std']:.4f}"
+            f"step {step:6d}  loss {row.get('loss', math.nan):6.4f}  held out "
+            f"{figures['val_loss']:6.4f}  {evaluation.k}-NN {figures['knn']:4.1f} %  RankMe "
+            f"{figures['rankme']:5.1f}  spread {figures['feature_std']:.4f}".replace(
+                "nan", "   -  "
+            )
         )
 
     say(describe(config, model, data, plan, place, total))

@@ -364,6 +364,18 @@ def test_target_coverage_is_that_of_rectangles_in_a_square():
     assert z.abs().max() < z_bound(70)
 
 
+@pytest.mark.parametrize("side", [8, 14, 16])
+def test_draws_that_are_repeated_hardly_move_the_targets(side):
+    # Targets that overlap leave more to the context, so to repeat the others (D6) favours the
+    # centre. With the default context size a corner is covered at most a tenth less for it.
+    masks = MaskCollator(side, target_scale=(0.2, 0.2), target_aspect=(1.5, 1.5))
+    _, targets = masks.sample(30_000, seeded())
+    _, _, height, width = bounding_boxes(targets[0, 0], side)
+    corners = occupancy(targets, (side, side)).sum(0)[:: side - 1, :: side - 1]
+    exact = 1 / ((side - height.item() + 1) * (side - width.item() + 1))
+    assert corners.mean().item() / (30_000 * 4) == pytest.approx(exact, rel=0.1)
+
+
 # ----------------------------------------------------------------- masks: the shapes of blocks
 
 
@@ -471,12 +483,13 @@ REFUSED = {
     "aspect upside down": ({"grid": 8, "target_aspect": (1.5, 0.75)}, "target_aspect"),
     "aspect zero": ({"grid": 8, "target_aspect": (0.0, 1.0)}, "target_aspect"),
     "aspect infinite": ({"grid": 8, "target_aspect": (1.0, math.inf)}, "aspect"),
+    "aspect all infinite": ({"grid": 8, "target_aspect": (math.inf, math.inf)}, "aspect"),
     "aspect beyond integers": ({"grid": 8, "target_aspect": (1e40, 1e40)}, "aspect"),
     "block too wide": (
         {"grid": 8, "target_scale": (0.6, 0.6), "target_aspect": (0.1, 1)},
-        "fit.*8x8",
+        "8x8",
     ),
-    "block too high": ({"grid": (8, 9), "target_scale": (0.9, 1.0)}, "fit.*8x9"),
+    "block too high": ({"grid": (8, 9), "target_scale": (0.9, 1.0)}, "8x9"),
     "targets fill the grid": (
         {"grid": 8, "target_scale": (1, 1), "target_aspect": (1, 1)},
         "context",
@@ -488,7 +501,7 @@ REFUSED = {
     "context beyond the grid": ({"grid": 8, "context_size": 65}, "context of 65"),
     "context empty": ({"grid": 8, "context_size": 0}, "context of 0"),
     "context negative": ({"grid": 8, "context_size": -3}, "context of -3"),
-    "one patch": ({"grid": 1}, "1x1"),
+    "one patch": ({"grid": 1}, "context of 0"),
     "rasterized, odd rows": ({"grid": (7, 8), "strategy": "rasterized"}, "even"),
     "rasterized, odd columns": ({"grid": (8, 7), "strategy": "rasterized"}, "even"),
     "rasterized in four": ({"grid": 8, "strategy": "rasterized", "num_targets": 4}, "quadrants"),
@@ -782,7 +795,6 @@ def test_deviation_d8_any_image_that_divides_works():
     vit = small_vit()
     assert vit(small_images(16, 56)).shape == (3, 2 * 7, 16)
     assert vit(small_images(64, 64)).shape == (3, 64, 16)
-    assert torch.equal(vit.positions(small_images(32, 32)), vit.pos_embed)
     assert ViT((24, 40), 8, 16, 1, 2).grid == (3, 5)
 
 
