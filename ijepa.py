@@ -39,18 +39,21 @@ Where this differs from the paper (P) or from the code its authors released (R),
             random. R cuts every mask of a batch to the shortest one and keeps the first patches
             in raster order: the context loses its lower half, and more so in larger batches.
     D6 (R)  Context and targets never overlap; an image whose targets leave too little is drawn
-            again. R gives up after 20 draws and lets them overlap. Settings with which that could
-            go on for long are refused beforehand, so no setting can loop forever.
+            again (which favours targets that overlap, slightly). R gives up after 20 draws and
+            lets them into the context. Settings that half of the draws fail are refused.
     D7 (R)  The residual branches of layer l start 1/sqrt(2 l) smaller. R means to, and then
             initializes a second time without.
     D8 (R)  Positions are evaluated for the grid at hand, so other image sizes and non-square
             images work. R interpolates, on the assumption of a class token that is not there.
+    D9      Only with `target_norm="batch"`, which `vit_nano` uses: what targets say of every image
+            alike is taken out. At the start that is nearly all, and takes long to unlearn.
 """
 
 import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -88,13 +91,14 @@ class IJEPAConfig:
     embed_dim: int = 768  # D
     depth: int = 12
     num_heads: int = 12
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # of the encoder; the predictor's is 4
     predictor_dim: int = 384  # P: narrow on purpose (Table 14)
     predictor_depth: int = 6  # Table 12
     predictor_heads: int = 12  # as many as the encoder (Appendix A.1)
     target: str = "representation"  # or "pixels", to see what is lost (Table 7)
     target_mask: str = "output"  # or "input": the target encoder sees one block alone (Table 11)
     target_layers: int = 1  # average the last n layers; more than 1 is not in the paper
+    target_norm: str = "layer"  # or "batch", which learns sooner from little; not in the paper (D9)
     loss: str = "smooth_l1"  # or "l2" (D1)
     norm_eps: float = 1e-6
     init_std: float = 0.02  # of all weight matrices; narrow networks start better with more
@@ -104,6 +108,7 @@ class IJEPAConfig:
         for name, allowed in (
             ("target", ("representation", "pixels")),
             ("target_mask", ("output", "input")),
+            ("target_norm", ("layer", "batch")),
             ("loss", ("smooth_l1", "l2")),
             ("target_layers", range(1, self.depth + 1)),
         ):
@@ -117,6 +122,8 @@ class IJEPAConfig:
                 raise ValueError(f"width {dim} must be divisible by 4 and by its {heads} heads")
         if self.target == "pixels" and (self.target_layers > 1 or self.target_mask == "input"):
             raise ValueError("target 'pixels' has no layers to average and no input to mask")
+        if (self.target_norm, self.target_mask) == ("batch", "input"):
+            raise ValueError("target_norm 'batch' compares places: it needs target_mask 'output'")
 
 
 # ----------------------------------------------------------------- positions and tokens (Sec. 3)
@@ -194,7 +201,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = MLP(dim, round(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
         x = x + self.attn(self.norm1(x))
@@ -369,14 +376,14 @@ def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Te
 
     s, a = torch.cartesian_prod(evenly(*scale), evenly(*aspect)).unbind(1)  # (steps^2,) each
     shapes = torch.stack([grid[0] * (s * a).sqrt(), grid[1] * (s / a).sqrt()], dim=1)
-    shapes = shapes.round().long().clamp(min=1)
-    if (shapes > torch.tensor(grid)).any():
+    shapes = shapes.round().clamp(min=1)
+    if not (shapes <= torch.tensor(grid)).all():
         height, width = shapes.amax(0).tolist()
         raise ValueError(
-            f"blocks of scale {scale} and aspect {aspect} take up to {height} rows or {width} "
+            f"blocks of scale {scale}, aspect {aspect} take up to {height:.0f} rows, {width:.0f} "
             f"columns of {grid[0]}x{grid[1]} patches: lower the scale, or bring aspect closer to 1"
         )
-    return shapes
+    return shapes.long()
 
 
 class MaskCollator:
@@ -434,55 +441,60 @@ class MaskCollator:
             self.target_shapes = torch.tensor([[rows // 2, columns // 2]])  # (S, 2)
         elif strategy == "random":  # scattered patches: only their number matters
             count = torch.linspace(*target_scale, 32, dtype=torch.float64) * self.num_patches
-            self.target_shapes = F.pad(count.round().long().clamp(min=1)[:, None], (1, 0), value=1)
+            count = count.round().long().clamp(min=1)
+            if self.num_targets * count.max() >= self.num_patches:
+                raise ValueError(
+                    f"{self.num_targets} targets of scale {target_scale} hide everything"
+                )
+            self.target_shapes = torch.stack([torch.ones_like(count), count], dim=1)
         else:
             self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)
         self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
-        self.context_size = self._check_context(context_size, default.context_share)
+        self.context_size = self._choose_context_size(context_size, default.context_share)
 
-    def _check_context(self, wanted: int | None, share: float) -> int:
-        """K, so small that for every target shape at least half of the draws leave that many."""
-        generator = torch.Generator().manual_seed(0)
-        shapes = self.target_shapes.unique(dim=0).tolist()
-        left = [self._draw(256, shape, generator)[1].sum(1).sort().values for shape in shapes]
-        nearly_all, half = (int(torch.stack(left)[:, n].min()) for n in (25, 127))  # of 256 draws
-        size = min(nearly_all, round(share * self.num_patches)) if wanted is None else wanted
-        if not 1 <= size <= half:
+    def _choose_context_size(self, wanted: int | None, share: float) -> int:
+        """K: `wanted`, if half of all draws leave it at the least; else what nine in ten leave."""
+        largest = max(self.target_shapes.tolist(), key=math.prod)
+        _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
+        left = free.sum(1).sort().values  # how much 1,000 draws leave beside the largest targets
+        size = min(int(left[100]), round(share * self.num_patches)) if wanted is None else wanted
+        if not 1 <= size <= left[500]:
             raise ValueError(
-                f"a context of {size} patches: half of the draws leave no more than {half} of "
-                f"{self.num_patches} beside {self.num_targets} targets. Choose a context size from "
-                f"1 to {half}, or fewer or smaller targets"
+                f"a context of {size} patches beside {self.num_targets} targets of up to "
+                f"{largest[0]}x{largest[1]} on a {self.grid[0]}x{self.grid[1]} grid: half of the "
+                f"draws leave {left[500]} or fewer. Lower the context size, or the targets' scale"
             )
         return size
 
-    def _draw(self, batch: int, shape: list[int], generator) -> tuple[Tensor, Tensor]:
-        """Targets (B, M, T) of one shape, and which patches they leave to the context (B, N)."""
+    def _place(self, height: Tensor | int, width: Tensor | int, size: Pair, generator):
+        """Top left corners of blocks, uniform over all places where they fit (D3)."""
+        top, left = torch.rand(2, *size, generator=generator)
         rows, columns = self.grid
+        return (top * (rows - height + 1)).long(), (left * (columns - width + 1)).long()
 
-        def place(height: Tensor | int, width: Tensor | int, *size: int) -> tuple[Tensor, Tensor]:
-            # Top left corners, uniform over all places where the block fits, the last included.
-            u = torch.rand(2, *size, generator=generator)
-            return (u[0] * (rows - height + 1)).long(), (u[1] * (columns - width + 1)).long()
-
-        height, width = shape
+    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
+        """Target blocks of one shape, (B, M, T)."""
+        columns, size = self.grid[1], (batch, self.num_targets)
         if self.strategy == "random":
             order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
-            order = order.repeat(1, self.num_targets)  # enough to cut from, however many are asked
-            targets = order[:, : self.num_targets * width].unflatten(1, (-1, width))  # (B, M, T)
+            return order[:, : self.num_targets * width].view(*size, width)
+        if self.strategy == "rasterized":
+            quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
+            top, left = quadrant // 2 * height, quadrant % 2 * width
         else:
-            top, left = place(height, width, batch, self.num_targets)  # (B, M) each
-            if self.strategy == "rasterized":
-                quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
-                top, left = quadrant // 2 * height, quadrant % 2 * width
-            inside = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
-            targets = (top * columns + left)[..., None] + inside.flatten()  # (B, M, T)
+            top, left = self._place(height, width, size, generator)  # (B, M) each
+        inside = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
+        return (top * columns + left)[..., None] + inside.flatten()  # (B, M, T)
 
-        pick = torch.randint(len(self.context_shapes), (batch,), generator=generator)
-        height, width = self.context_shapes[pick].unbind(1)  # (B,) each
-        top, left = place(height, width, batch)
-        row, column = torch.arange(rows), torch.arange(columns)
-        in_rows = (row >= top[:, None]) & (row < (top + height)[:, None])  # (B, H)
-        in_columns = (column >= left[:, None]) & (column < (left + width)[:, None])  # (B, W)
+    def _draw(self, batch: int, shape: list[int], generator) -> tuple[Tensor, Tensor]:
+        """Targets (B, M, T), and the patches of the context block that they leave, (B, N) bool."""
+        targets = self._targets(batch, *shape, generator)
+        pick = torch.randint(len(self.context_shapes), (batch, 1), generator=generator)
+        height, width = self.context_shapes[pick].unbind(-1)  # (B, 1) each
+        top, left = self._place(height, width, (batch, 1), generator)
+        row, column = torch.arange(self.grid[0]), torch.arange(self.grid[1])
+        in_rows = (row >= top) & (row < top + height)  # (B, H)
+        in_columns = (column >= left) & (column < left + width)  # (B, W)
         free = (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)  # (B, N)
         return targets, free.scatter_(1, targets.flatten(1), False)
 
@@ -494,7 +506,7 @@ class MaskCollator:
         pick = int(torch.randint(len(self.target_shapes), (1,), generator=generator))
         shape = self.target_shapes[pick].tolist()
         targets, free = self._draw(batch_size, shape, generator)
-        for _ in range(1000):  # half of the draws suffice at the least (_check_context)
+        for _ in range(1000):  # each round mends at least about half of them
             short = (free.sum(1) < self.context_size).nonzero()[:, 0]
             if not len(short):
                 break
@@ -512,6 +524,19 @@ class MaskCollator:
 
 
 # ------------------------------------------------------------------------- the method (Section 3)
+
+
+GROUP = 32  # images whose targets are standardized together: the same however a batch is split
+
+
+def standardize(targets: Tensor) -> Tensor:
+    """Minus the images' mean at each place, by each channel's spread: (B, N, D) -> (B, N, D)."""
+    targets = targets - targets.mean(0)
+    return targets / (targets.square().mean((0, 1)).sqrt() + 1e-3)
+
+
+# What reading a file raises that is no checkpoint, or only a part of one.
+DAMAGED = (LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
 
 
 class IJEPA(nn.Module):
@@ -538,19 +563,21 @@ class IJEPA(nn.Module):
         knows what surrounds it (Section 3, Table 11).
         """
         blocks, n = target_idx.shape[1], self.config.target_layers
-        places = rearrange(target_idx, "b m t -> b (m t)")
         if self.config.target == "pixels":
-            layers = [take(patchify(images, self.config.patch_size), places)]
+            layers = [patchify(images, self.config.patch_size)]
         elif self.config.target_mask == "output":
-            layers = [take(x, places) for x in self.target_encoder.last_layers(images, n)]
+            layers = self.target_encoder.last_layers(images, n)  # each (B, N, D)
         else:  # one pass for each block, which is all that it sees (Appendix C)
             copies = repeat(images, "b c h w -> (b m) c h w", m=blocks)
             keep = rearrange(target_idx, "b m t -> (b m) t")
             layers = self.target_encoder.last_layers(copies, n, keep)
-            layers = [rearrange(x, "(b m) t d -> b (m t) d", m=blocks) for x in layers]
         # Without learned scale and shift: a target cannot be made easy by making it small.
-        layers = [F.layer_norm(x, x.shape[-1:]) for x in layers]
-        return rearrange(torch.stack(layers).mean(0), "b (m t) d -> b m t d", m=blocks)
+        x = torch.stack([F.layer_norm(x, x.shape[-1:]) for x in layers]).mean(0)
+        if self.config.target_norm == "batch":
+            x = torch.cat([standardize(group) for group in x.split(GROUP)])
+        if self.config.target_mask == "input":
+            return rearrange(x, "(b m) t d -> b m t d", m=blocks)
+        return take(x, target_idx.flatten(1)).unflatten(1, target_idx.shape[1:])  # (B, M, T, D)
 
     def predictions(self, images: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
         """The predictor's answer from the context alone, (B, M, T, D)."""
@@ -583,9 +610,9 @@ class IJEPA(nn.Module):
         Raises:
             ValueError: if it is no such checkpoint, or `num_heads` is needed or does not divide D.
         """
-        if not isinstance(checkpoint, Mapping):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         try:
+            if not isinstance(checkpoint, Mapping):
+                checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
             weights = {
                 f"{part}.{name.removeprefix('module.')}": tensor
                 for part in ("encoder", "predictor", "target_encoder")
@@ -594,25 +621,29 @@ class IJEPA(nn.Module):
             positions = {n: weights.pop(n) for n in list(weights) if n.endswith("pos_embed")}
             side = math.isqrt(positions["encoder.pos_embed"].shape[1])
             dim, in_chans, patch_size = weights["encoder.patch_embed.proj.weight"].shape[:3]
-            hidden = len(weights["encoder.blocks.0.mlp.fc1.bias"])
-            predictor_dim = weights["predictor.mask_token"].shape[-1]
-        except KeyError as error:
-            raise ValueError(f"not a released I-JEPA checkpoint: it has no {error}") from error
-        if num_heads is None:
-            known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
-            if dim not in known:
+            known = {m.config.embed_dim: m.config.num_heads for m in MODELS.values()}
+            num_heads = num_heads or known.get(dim)
+            if num_heads is None:
                 raise ValueError(f"width {dim} does not tell the number of heads: give num_heads")
-            num_heads = known[dim]
-
-        def depth(blocks: str) -> int:
-            return sum(n.startswith(blocks) and n.endswith("norm1.bias") for n in weights)
-
-        sizes = (side * patch_size, patch_size, in_chans, dim, depth("encoder.blocks"), num_heads)
-        predictor = (predictor_dim, depth("predictor.predictor_blocks"), num_heads)
-        model = cls(IJEPAConfig(*sizes, hidden / dim, *predictor))
-        for name, stored in positions.items():  # fixed, so they must be what we compute (D8)
-            torch.testing.assert_close(stored[0], model.get_buffer(name), atol=1e-5, rtol=0)
-        model.load_state_dict(weights)
+            config = IJEPAConfig(
+                img_size=side * patch_size,
+                patch_size=patch_size,
+                in_chans=in_chans,
+                embed_dim=dim,
+                depth=sum(".norm1.bias" in n and n.startswith("encoder") for n in weights),
+                num_heads=num_heads,
+                mlp_ratio=len(weights["encoder.blocks.0.mlp.fc1.bias"]) / dim,
+                predictor_dim=weights["predictor.mask_token"].shape[-1],
+                predictor_depth=sum(".norm1.bias" in n and n.startswith("pred") for n in weights),
+                predictor_heads=num_heads,
+            )
+            model = cls(config)
+            for name, stored in positions.items():  # fixed, so they must be what we compute
+                if not torch.allclose(stored[0], model.get_buffer(name), atol=1e-5):
+                    raise ValueError(f"{name} is not the sine-cosine table of its grid")
+            model.load_state_dict(weights)
+        except DAMAGED as error:
+            raise ValueError(f"no released I-JEPA checkpoint, or damaged: {error!r}") from error
         return model
 
 

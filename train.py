@@ -48,6 +48,7 @@ from data import (
     train_batches,
 )
 from ijepa import (
+    GROUP,
     IJEPA,
     MODELS,
     STRATEGIES,
@@ -97,6 +98,7 @@ class TrainConfig:
     target: str | None = option(None, "what to predict (Table 7)", ("representation", "pixels"))
     target_mask: str | None = option(None, "where targets are cut (Table 11)", ("output", "input"))
     target_layers: int | None = option(None, "average the targets over the last n layers")
+    target_norm: str | None = option(None, "layer, or batch: learns sooner", ("layer", "batch"))
     loss: str | None = option(None, "smooth L1 as released, or squared L2", ("smooth_l1", "l2"))
     init_std: float | None = option(None, "of the initial weights")
 
@@ -278,10 +280,10 @@ class Evaluation:
     @torch.no_grad()
     def loss(self, model: IJEPA, masks: MaskCollator) -> float:
         """Mean loss over held-out pictures, with masks that are the same at every evaluation."""
-        index = self.query_index[:1000]
+        index = self.query_index[:1024]
         masks = masks.sample(len(index), _fixed())
         total = torch.zeros((), dtype=torch.float64)
-        parts = zip(index.split(250), *(mask.split(250) for mask in masks), strict=True)
+        parts = zip(index.split(256), *(mask.split(256) for mask in masks), strict=True)
         for i, (part, context_idx, target_idx) in enumerate(parts):
             if i % self.place.world_size == self.place.rank:
                 images = next(self.batches(part))
@@ -552,6 +554,11 @@ def _train(
         raise UserError(
             f"a batch of {config.batch_size} does not divide into {place.world_size} process(es) "
             f"x {config.accum_steps} micro-batch(es)"
+        )
+    if architecture.target_norm == "batch" and parts > 1 and config.batch_size // parts % GROUP:
+        raise UserError(
+            f"target_norm batch works on groups of {GROUP} pictures: a batch of "
+            f"{config.batch_size} does not divide into {parts} parts of whole groups"
         )
     plan = Plan(
         seed=config.seed,
