@@ -305,7 +305,9 @@ def data_root(name: str, data_dir: str) -> Path:
 @lru_cache
 def default_sizes(name: str, data_dir: str) -> tuple[int, int]:
     """Picture and patch size in pixels that suit a set: small pictures get small patches."""
-    if name in ("shapes", "cifar10", "cifar100"):
+    if name == "shapes":
+        return 48, 8
+    if name in ("cifar10", "cifar100"):
         return 32, 4
     if name == "stl10":
         return 96, 8
@@ -341,7 +343,7 @@ def load_data(
         data_dir: where named sets are, or are downloaded to.
         img_size: side in pixels; by default what suits the set.
         device: where sets that fit in memory are kept.
-        shapes: `count` and `clutter` of the built-in pictures.
+        shapes: for the built-in pictures, `count` and `clutter`.
     Raises:
         UserError: if it cannot be had, with what to do.
     """
@@ -402,6 +404,139 @@ def _torchvision(name: str, part: str, data_dir: str, img_size: int, device) -> 
 def resize(images: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) uint8 to (B, 3, size, size) uint8, bilinear, antialiased."""
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
+# ----------------------------------------------------------------------------- built-in shapes
+
+# A kind is an outline and the pattern of its surface: a tile of 8x8 pixels, `#` in one of the
+# object's two tones, `.` in the other. Which of the two is the lighter one is random.
+TILES = {
+    "flag": "######## ######## ........ ........ ######## ######## ........ ........",
+    "curtain": "##..##.. ##..##.. ##..##.. ##..##.. ##..##.. ##..##.. ##..##.. ##..##..",
+    "ramp": "####.... .####... ..####.. ...####. ....#### #....### ##....## ###....#",
+    "board": "####.... ####.... ####.... ####.... ....#### ....#### ....#### ....####",
+    "sponge": "........ .##..##. .##..##. ........ ........ .##..##. .##..##. ........",
+    "waves": "##....## ###..### .######. ..####.. ...##... ........ ........ #......#",
+    "window": "######## ######## ##...... ##...... ##...... ##...... ##...... ##......",
+    "wall": "######## #....... #....... #....... ######## ....#... ....#... ....#...",
+}
+SHAPES_CLASSES = {
+    "kind": list(TILES),  # what the nearest object is
+    "count": ["1", "2", "3", "4"],  # how many objects there are
+    "near": ["far", "middle", "near", "very near"],  # how near the nearest is
+}
+SHAPES_COUNT = {"train": 25_000, "test": 5_000}
+STENCIL = 64  # side of an outline, in cells
+
+
+@lru_cache
+def _outlines() -> Tensor:
+    """Eight outlines with an empty rim, (8, 66, 66) bool."""
+    u = (torch.arange(STENCIL) + 0.5) / STENCIL * 2 - 1  # -1 to 1
+    y, x = torch.meshgrid(u, u, indexing="ij")
+    a, b, r, angle = x.abs(), y.abs(), x.hypot(y), torch.atan2(x, -y)
+    outlines = [
+        r < 1,  # disc
+        torch.maximum(a, b) < 0.9,  # square
+        a < (y + 1) / 2,  # triangle
+        a + b < 1,  # diamond
+        r < 0.72 + 0.26 * torch.cos(5 * angle),  # flower
+        torch.minimum(a, b) < 0.45,  # cross
+        torch.maximum(0.866 * a + 0.5 * b, b) < 0.9,  # hexagon
+        b < 0.7,  # oblong
+    ]
+    return F.pad(torch.stack(outlines), (1, 1, 1, 1))
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """The finalizer of splitmix64 (Steele et al. 2014) on int64: neighbours in, noise out."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def draw_shapes(
+    seed: int, index: Tensor, img_size: int = 48, clutter: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pictures of one to four patterned objects in dappled light, and three labels for each.
+
+    Picture i is a function of the seed and of i alone, whatever batch it is drawn in: its random
+    numbers are not drawn one after the other but computed, by scrambling (seed, i, which one).
+
+    Args:
+        seed: which set.
+        index: (B,) int64, which pictures of it.
+        img_size: side S in pixels. Patterns keep their 8 pixels, objects grow with the picture.
+        clutter: strength of what hides the objects: patches of light, tints and film grain.
+    Returns:
+        Pictures (B, 3, S, S) uint8, and for each task of `SHAPES_CLASSES` labels (B,) int64.
+    """
+    b, s, slots = len(index), img_size, len(SHAPES_CLASSES["count"])
+    key = _scramble(index * 0x10001 + _scramble(torch.tensor(seed)))  # (B,)
+
+    def bits(stream: int, n: int) -> Tensor:  # (B, n) int64
+        return _scramble(_scramble(key + stream)[:, None] + torch.arange(n) * -0x61C8864680B583EB)
+
+    def uniform(stream: int, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:  # (B, n)
+        return low + (high - low) * ((bits(stream, n) >> 40) & 0xFFFFFF).float() / 2**24
+
+    others, nearness = uniform(0, 2).unbind(1)
+    others = (others * slots).long()  # objects beside the nearest: 0 to 3
+    nearest_size = 0.5 + 0.35 * nearness  # share of the picture's side
+    corner = uniform(1, 4).argsort(1)  # those behind are in different corners
+    # Colours of the background and of two tones of each object: greys with a little tint.
+    palette = 0.5 + uniform(2, 3 * (1 + 2 * slots), -0.02, 0.02).view(b, 3, -1)
+
+    # From back to front: which colour of the palette each pixel has; 0 is the background.
+    tiles = torch.tensor([[c == "#" for c in tile.replace(" ", "")] for tile in TILES.values()])
+    tiles, outlines = tiles.view(-1, 8, 8).to(torch.uint8), _outlines()
+    canvas = torch.zeros(b, s, s, dtype=torch.uint8)
+    for slot in reversed(range(slots)):
+        u = uniform(10 + slot, 8)
+        kind = (u[:, 0] * len(TILES)).long()
+        if slot == 0:
+            size = nearest_size
+            centre = 0.5 + (u[:, 1:3] - 0.5) * (1.1 - size[:, None])  # mostly inside
+        else:
+            size = nearest_size * (0.5 + 0.4 * u[:, 3])  # further away: smaller
+            place = torch.stack([corner[:, slot] // 2, corner[:, slot] % 2], dim=1)
+            centre = 0.2 + 0.6 * place + 0.2 * (u[:, 1:3] - 0.5)
+        centre = centre + 9 * (slot > others)[:, None]  # not in this picture: far outside it
+        # The cells of the outline on which the picture's rows and columns fall, or its empty rim.
+        cells = ((torch.arange(s) + 0.5) / s - centre[..., None]) / size[:, None, None] + 0.5
+        row, column = (cells * STENCIL + 1).clamp_(0, STENCIL + 1).long().unbind(1)  # (B, S) each
+        inside = outlines[kind[:, None, None], row[:, :, None], column[:, None, :]]  # (B, S, S)
+        start = 2 * (u[:, 4:6] * 4).long()[..., None] + torch.arange(s)  # (B, 2, S)
+        row, column = (start % 8).unbind(1)
+        tone = tiles[kind[:, None, None], row[:, :, None], column[:, None, :]]  # (B, S, S)
+        canvas = torch.where(inside, 1 + 2 * slot + tone, canvas)
+        contrast = torch.where(u[:, 6] < 0.5, 0.125, -0.125)[:, None]
+        brightness = 0.05 * (u[:, 7:] - 0.5)
+        palette[:, :, 1 + 2 * slot] += brightness - contrast
+        palette[:, :, 2 + 2 * slot] += brightness + contrast
+    pictures = palette.gather(2, canvas.flatten(1).long()[:, None].expand(-1, 3, -1))
+    pictures = pictures.view(b, 3, s, s)
+
+    # Dappled light with a tint, and film grain: nuisances.
+    light = uniform(3, 4 * 8 * 8, -clutter, clutter).view(b, 4, 8, 8)
+    light = 0.4 * light[:, 3:] + 0.12 * light[:, :3]
+    pictures += F.interpolate(light, size=(s, s), mode="bilinear")
+    grain = bits(4, s * s).view(torch.int16).view(b, s, s, 4).permute(0, 3, 1, 2) / 2**15
+    pictures += clutter * (0.11 * grain[:, 3:] + 0.075 * grain[:, :3])
+    labels = {"kind": kind, "count": others, "near": (nearness * 4).long()}
+    return pictures.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
+
+
+def _shapes(part: str, img_size: int, device, count: int | None = None, clutter: float = 1.0):
+    count = count or SHAPES_COUNT[part]
+    first = 0 if part == "train" else 2**32  # other pictures of the same world
+    drawn = [
+        draw_shapes(0, index, img_size, clutter)
+        for index in progress(torch.arange(first, first + count).split(128), "drawing", " x 128")
+    ]
+    images = torch.cat([images for images, _ in drawn])
+    labels = {task: torch.cat([labels[task] for _, labels in drawn]) for task in SHAPES_CLASSES}
+    return Pictures(images.to(device), labels, SHAPES_CLASSES)
 
 
 # -------------------------------------------------------------------------- a training step

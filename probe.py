@@ -344,7 +344,7 @@ def linear_probe(
     if test_x is not None:
         splits.append(("test", test_x, test_y))
     if num_classes is None:
-        num_classes = int(max(y.max() for _, _, y in splits)) + 1
+        num_classes = max(int(y.max()) + 1 for _, _, y in splits if len(y))
     for split, features, labels in splits:
         if features.keys() != train_x.keys():
             raise ValueError(f"{split} features {list(features)} are not {list(train_x)}")
@@ -402,10 +402,10 @@ def _moments(x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 class _Heads:
     """All heads of one kind on one feature, (S, C, Q, D) weights, trained side by side.
 
-    A sweep of plain SGD measures how well SGD copes with the features as much as what is in them.
-    They vary ten thousand times more in some directions than in others, most of all those of an
-    untrained encoder, which would come out ten points too low: too flattering a comparison. So
-    the features are turned to their principal axes, where the loss is curved by about the
+    A sweep of plain SGD measures how well SGD copes with the features as much as what is in them:
+    they vary a million times more in some directions than in others, most of all those of an
+    untrained encoder. (Its `vit_tiny` on 20,000 CIFAR-10 images, JPEG copy: 37 % by the best of
+    SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So the features are turned to their principal axes, where the loss is curved by about the
     variance along each axis, and each axis gets its own rate: rate / (variance + decay). To turn,
     to take out the mean and to divide all features by *one* number alters neither what a linear
     head can say nor, the bias being free, which weights are best; only how soon they are found,

@@ -48,7 +48,6 @@ from data import (
     train_batches,
 )
 from ijepa import (
-    GROUP,
     IJEPA,
     MODELS,
     STRATEGIES,
@@ -98,7 +97,6 @@ class TrainConfig:
     target: str | None = option(None, "what to predict (Table 7)", ("representation", "pixels"))
     target_mask: str | None = option(None, "where targets are cut (Table 11)", ("output", "input"))
     target_layers: int | None = option(None, "average the targets over the last n layers")
-    target_norm: str | None = option(None, "layer, or batch: learns sooner", ("layer", "batch"))
     loss: str | None = option(None, "smooth L1 as released, or squared L2", ("smooth_l1", "l2"))
     init_std: float | None = option(None, "of the initial weights")
 
@@ -118,7 +116,7 @@ class TrainConfig:
     workers: int | None = option(None, "processes that decode pictures (default: one a core)")
     device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
     eval_every: int | None = option(None, "steps between evaluations (default: ten a run)")
-    eval_images: int | None = option(None, "pictures to evaluate with (default: 10000 on a CPU)")
+    eval_images: int | None = option(None, "to look for neighbours among (default: 5000 on a CPU)")
     save_every: int = option(1000, "steps between checkpoints, beside those at evaluations")
     log_every: int = option(10, "steps between lines of log.csv")
     wandb: bool = option(False, "log to Weights & Biases as well")
@@ -251,10 +249,10 @@ class Evaluation:
         self.train_index, self.val_index = hold_out(data)
         if len(self.val_index) < 4:
             raise UserError(f"{len(data)} labelled pictures are too few: evaluation needs 40")
-        limit = config.eval_images or (10_000 if place.device.type == "cpu" else len(data))
+        limit = config.eval_images or (5_000 if place.device.type == "cpu" else len(data))
         labelled = self.labels(self.train_index) >= 0
         self.bank_index = self.train_index[labelled][:limit]  # neighbours are among these
-        self.query_index = self.val_index[: max(4, limit // 4)]
+        self.query_index = self.val_index[: max(4, limit // 2)]
         self.k = min(20, len(self.bank_index))
 
     def labels(self, index: Tensor, task: str | None = None) -> Tensor:
@@ -554,11 +552,6 @@ def _train(
         raise UserError(
             f"a batch of {config.batch_size} does not divide into {place.world_size} process(es) "
             f"x {config.accum_steps} micro-batch(es)"
-        )
-    if architecture.target_norm == "batch" and parts > 1 and config.batch_size // parts % GROUP:
-        raise UserError(
-            f"target_norm batch works on groups of {GROUP} pictures: a batch of "
-            f"{config.batch_size} does not divide into {parts} parts of whole groups"
         )
     plan = Plan(
         seed=config.seed,

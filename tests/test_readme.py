@@ -1,0 +1,117 @@
+"""Every command of the README is run, shortened, and what it says of the files is checked."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if re.match(r"(python|torchrun) ", line)
+]
+
+# What makes a command short: two steps of a tiny model on a tiny set. What it is about stays.
+SHORT = (
+    "--steps 2 --batch-size 8 --img-size 16 --patch-size 4 --eval-images 16 --eval-every 1 "
+    "--workers 0 --device cpu --predictor-dim 48 --predictor-depth 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to run in, with a set of pictures under every name that the commands use."""
+    folder = tmp_path_factory.mktemp("readme")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("path/to/folder", "data/imagenet"):
+        for label in ("cat", "dog"):
+            (folder / name / "train" / label).mkdir(parents=True)
+            for i in range(40):
+                pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / name / "train" / label / f"{i}.png")
+    return folder
+
+
+def shortened(command: str) -> list[str]:
+    words = shlex.split(command)
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    if words[0] == "torchrun":
+        words[words.index("--nproc_per_node") + 1] = "2"
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    words[0] = sys.executable
+    replaced = {"vit_small": "vit_nano", "vit_tiny": "vit_nano", "vit_huge": "vit_nano"}
+    if "vit_huge" in words:  # its recipe's data, which another model's would not be
+        words += ["--data", "imagenet"]
+    words = [replaced.get(word, word) for word in words]
+    words = ["path/to/folder" if word == "cifar10" else word for word in words]  # no download
+    return words if "--resume" in words else words + SHORT
+
+
+def test_the_readme_has_the_commands_that_the_project_is_for():
+    for wanted in (
+        "python train.py --model vit_tiny --data cifar10",
+        "torchrun --nproc_per_node 8 train.py --model vit_huge",
+    ):
+        assert wanted in COMMANDS
+
+
+def test_commands_run(place):
+    """In the order of the README: one goes on with what another has left."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    for command in COMMANDS:
+        words = shortened(command)
+        if "--resume" not in words and "--out" not in words:
+            words += ["--out", f"runs/{len(list(place.glob('runs/*')))}"]
+            last = words[-1]
+        elif "--resume" in words:
+            words += ["--out", last]
+        done = subprocess.run(
+            words, cwd=place, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        assert "trained" in done.stdout
+        assert (place / words[words.index("--out") + 1] / "result.png").exists()
+
+
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_set_up_lines_install_the_requirements_and_run_what_they_say():
+    lines = re.findall(r"<!-- (demo|test) command -->\n```bash\n(.*)\n```", README)
+    assert [name for name, _ in lines] == ["demo", "test"]
+    for _, line in lines:
+        assert line.startswith(
+            "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+        )
+    assert lines[0][1].endswith(".venv/bin/python train.py")
+    assert lines[1][1].endswith(".venv/bin/python -m pytest -q")
+
+
+def test_files_and_pictures_that_the_readme_names_are_there():
+    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+)`", README, re.M)
+    assert len(named) > 6
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_option_that_the_readme_names_exists():
+    import train
+
+    options = {"--" + name.replace("_", "-") for name in train.TrainConfig.__dataclass_fields__}
+    named = set(re.findall(r"`(--[a-z-]+)", README)) | {
+        word for command in COMMANDS for word in command.split() if word.startswith("--")
+    }
+    assert named - options <= {"--help", "--nproc_per_node"}
