@@ -84,6 +84,9 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)  # what shells expect after Ctrl-C
 
 
 def progress(items: Iterable, what: str, unit: str) -> tqdm:
@@ -506,7 +509,7 @@ def draw_shapes(
         cells = ((torch.arange(s) + 0.5) / s - centre[..., None]) / size[:, None, None] + 0.5
         row, column = (cells * STENCIL + 1).clamp_(0, STENCIL + 1).long().unbind(1)  # (B, S) each
         inside = outlines[kind[:, None, None], row[:, :, None], column[:, None, :]]  # (B, S, S)
-        start = 2 * (u[:, 4:6] * 4).long()[..., None] + torch.arange(s)  # (B, 2, S)
+        start = 4 * (u[:, 4:6] * 2).long()[..., None] + torch.arange(s)  # (B, 2, S)
         row, column = (start % 8).unbind(1)
         tone = tiles[kind[:, None, None], row[:, :, None], column[:, None, :]]  # (B, S, S)
         canvas = torch.where(inside, 1 + 2 * slot + tone, canvas)
@@ -519,10 +522,10 @@ def draw_shapes(
 
     # Dappled light with a tint, and film grain: nuisances.
     light = uniform(3, 4 * 8 * 8, -clutter, clutter).view(b, 4, 8, 8)
-    light = 0.4 * light[:, 3:] + 0.12 * light[:, :3]
+    light = 0.5 * light[:, 3:] + 0.15 * light[:, :3]
     pictures += F.interpolate(light, size=(s, s), mode="bilinear")
     grain = bits(4, s * s).view(torch.int16).view(b, s, s, 4).permute(0, 3, 1, 2) / 2**15
-    pictures += clutter * (0.11 * grain[:, 3:] + 0.075 * grain[:, :3])
+    pictures += clutter * (0.15 * grain[:, 3:] + 0.1 * grain[:, :3])
     labels = {"kind": kind, "count": others, "near": (nearness * 4).long()}
     return pictures.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
 

@@ -405,11 +405,12 @@ class _Heads:
     A sweep of plain SGD measures how well SGD copes with the features as much as what is in them:
     they vary a million times more in some directions than in others, most of all those of an
     untrained encoder. (Its `vit_tiny` on 20,000 CIFAR-10 images, JPEG copy: 37 % by the best of
-    SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So the features are turned to their principal axes, where the loss is curved by about the
-    variance along each axis, and each axis gets its own rate: rate / (variance + decay). To turn,
-    to take out the mean and to divide all features by *one* number alters neither what a linear
-    head can say nor, the bias being free, which weights are best; only how soon they are found,
-    and that rates and decays mean the same for every encoder.
+    SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So the features are turned to
+    their principal axes, where the loss is curved by about the variance along each axis, and each
+    axis gets its own rate: rate / (variance + decay). To turn, to take out the mean and to divide
+    all features by *one* number alters neither what a linear head can say nor, the bias being
+    free, which weights are best; only how soon they are found, and that rates and decays mean the
+    same for every encoder.
 
     Batch norm divides each dimension by its own standard deviation instead. That is another
     model: the decay then weighs on weak and strong dimensions alike.

@@ -514,7 +514,9 @@ def _train(
         torch.set_float32_matmul_precision("high")
     out = Path(config.out)
     best, last = out / "best.pt", out / "last.pt"
-    if checkpoint is None and (out.exists() and any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose a folder")
+    if checkpoint is None and out.exists() and any(out.iterdir()):
         raise UserError(
             f"{out} is not empty, and may hold a run: add --resume to go on with it, or choose "
             "another folder with --out"
@@ -545,7 +547,9 @@ def _train(
             config.data, "train", config.data_dir, architecture.img_size, place.device, **shapes
         ),
     )
-    workers = config.workers if config.workers is not None else (os.cpu_count() or 1)
+    workers = config.workers
+    if workers is None:  # the cores of this machine, shared by its processes
+        workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     evaluation = Evaluation(config, data, place, workers)
     parts = place.world_size * config.accum_steps
     if config.batch_size % parts:
@@ -585,7 +589,7 @@ def _train(
     else:
         log = None
     if config.compile:
-        torch._dynamo.config.recompile_limit = 64  # one graph for each number of target patches
+        torch._dynamo.config.cache_size_limit = 64  # one graph for each number of target patches
         model.compile(dynamic=False)
     wrapped = model
     if place.world_size > 1:

@@ -103,12 +103,14 @@ def knn_oracle(train_x, train_y, x, k, temperature, classes):
     return votes[0].argmax(1), votes[1].argmax(1), neighbours, similarity
 
 
-@pytest.mark.parametrize("k", [1, 7, 20, 300])
-def test_knn_equals_numpy(k):
+@pytest.mark.parametrize(
+    ("k", "temperature"), [(1, 0.07), (7, 0.07), (20, 0.07), (20, 0.01), (20, 0.5), (300, 0.07)]
+)
+def test_knn_equals_numpy(k, temperature):
     train_x, x = torch.randn(300, 8) * 5, torch.randn(70, 8)
     train_y = torch.randint(6, (300,))
-    got = probe.knn(train_x, train_y, x, k=k)
-    weighted, plain, neighbours, similarity = knn_oracle(train_x, train_y, x, k, 0.07, 6)
+    got = probe.knn(train_x, train_y, x, k=k, temperature=temperature)
+    weighted, plain, neighbours, similarity = knn_oracle(train_x, train_y, x, k, temperature, 6)
     assert got.weighted.tolist() == weighted.tolist()
     assert got.plain.tolist() == plain.tolist()
     assert got.neighbours.tolist() == neighbours.tolist()
@@ -143,6 +145,14 @@ def test_of_equally_near_images_the_first_count(train_chunk):
     assert got.neighbours[2].tolist() == [2, 6, 10, 14, 0, 1]
     assert got.plain.tolist() == [0, 0, 0, 0]  # six classes with a vote each: the lowest
     assert got.weighted.tolist() == [0, 1, 2, 3]  # the lowest of the four near ones
+
+
+def test_equally_near_images_stand_in_their_order_where_none_is_left_out():
+    train_x = torch.zeros(1000, 2)
+    near = torch.randperm(1000)[:60]
+    train_x[:, 1], train_x[near, 1], train_x[near, 0] = 1.0, 0.0, 1.0
+    got = probe.knn(train_x, torch.zeros(1000, dtype=torch.int64), torch.eye(2)[:1], k=60)
+    assert got.neighbours[0].tolist() == sorted(near.tolist())
 
 
 def test_collapsed_features_have_the_first_images_as_neighbours():

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -69,9 +70,9 @@ def run(out: Path, *options: str, kill_at: int | None = None) -> None:
 
     argv = ["train.py", "--out", str(out), *options]
     ends = contextlib.nullcontext() if kill_at is None else pytest.raises(Killed)
-    with mock.patch.object(sys, "argv", argv), mock.patch.object(train, "learning_rate", deadly):
-        with ends:
-            train.main()
+    rates = mock.patch.object(train, "learning_rate", deadly)
+    with mock.patch.object(sys, "argv", argv), rates, ends:
+        train.main()
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def assert_close_runs(ours: Path, theirs: Path) -> None:
 def full(tmp_path_factory, pictures) -> types.SimpleNamespace:
     """A run of 40 steps with all that it draws and says."""
     out = tmp_path_factory.mktemp("full") / "deep" / "run"
-    options = [*SMALL, "--steps", "40", "--eval-every", "10", "--warmup-epochs", "30"]
+    options = [*SMALL, "--steps", "40", "--eval-every", "10", "--warmup-epochs", "1"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         run(out, "--data", pictures, *options, *HERE)
@@ -195,7 +196,7 @@ def test_the_log_has_a_line_every_few_steps_and_for_each_evaluation(full):
 
 def test_the_log_has_the_rates_of_the_schedules(full):
     recipe, total = ijepa.MODELS["vit_nano"].recipe, 40
-    warmup = round(total * 30 / recipe.epochs)
+    warmup = round(total * 1 / recipe.epochs)
     config = full.last["config"]
     for row in full.log[1:]:
         step = int(row["step"]) - 1  # the rates of the last step before the line
@@ -204,7 +205,7 @@ def test_the_log_has_the_rates_of_the_schedules(full):
         momentum = ijepa.target_momentum(step, total, recipe.momentum, recipe.final_momentum)
         wanted = {"lr": lr, "weight_decay": decay, "momentum": momentum}
         assert {k: float(row[k]) for k in wanted} == pytest.approx(wanted, rel=1e-5)
-    assert config["warmup_epochs"] == 30 and config["lr"] == recipe.lr
+    assert config["warmup_epochs"] == 1 and config["lr"] == recipe.lr
     groups = full.last["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [pytest.approx(recipe.final_lr)] * 2
     decays = [group["weight_decay"] for group in groups]
@@ -405,9 +406,12 @@ def test_a_stream_of_pictures_trains_and_resumes_too(tmp_path, pictures, monkeyp
 WORKER = """
 import shutil, sys
 sys.path.insert(0, {root!r})
-import torch
-import probe, train
+import torch, torch.distributed as dist
+import train
 torch.set_num_threads(1)
+join, leave = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda *args: dist.is_initialized() or join(*args)
+dist.destroy_process_group = lambda: None  # one group for all runs: to join again takes a new port
 train.Log.draw = lambda *_: None
 save = train.save
 
@@ -420,6 +424,7 @@ train.save = keep
 for argv in {runs!r}:
     sys.argv = ["train.py", *argv]
     train.main()
+leave()
 """
 
 
@@ -437,9 +442,15 @@ def two_processes(tmp_path_factory, pictures) -> Path:
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), runs=runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", str(folder / "worker.py")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "said").write_text(done.stdout)
+    with open(folder / "said", "w") as said, open(folder / "errors", "w") as errors:
+        process = subprocess.Popen(command, stdout=said, stderr=errors, start_new_session=True)
+        try:
+            code = process.wait(timeout=100)
+        finally:  # its processes too, whatever happened
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+            process.wait()
+    assert code == 0, (folder / "errors").read_text()[-3000:]
     return folder
 
 
@@ -479,7 +490,7 @@ def test_the_target_follows_once_per_optimizer_step(tmp_path, pictures, monkeypa
     options = ["--steps", "4", "--accum-steps", "4", "--momentum", "0.9"]
     run(tmp_path / "run", "--data", pictures, *SMALL, *HERE, *options)
     assert [momentum for momentum, *_ in seen] == pytest.approx([0.9, 0.925, 0.95, 0.975])
-    for (*_, after), (_, before, _) in zip(seen, seen[1:], strict=False):
+    for (*_, after), (_, before, _) in itertools.pairwise(seen):
         assert torch.equal(after, before)  # and nothing else changes it
 
 
@@ -631,6 +642,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert [row["step"] for row in log_of(tmp_path / "run")] == ["0", "2", "4"]
 
 
+@pytest.mark.xfail(strict=True, reason="the bar is not closed, and the message follows on its line")
+def test_an_error_during_a_run_has_a_line_of_its_own(tmp_path, pictures):
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path / "run")]
+    command += ["--data", pictures, *SMALL, *HERE, "--lr", "1e30", "--start-lr", "1e30"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"train\.py: error: the loss is nan at step 2\b", done.stderr)
+    assert done.stderr.split("\n")[-2].startswith("train.py: error: the loss is")
+
+
 @pytest.mark.xfail(strict=True, reason="features that are not finite: ValueError, a traceback")
 def test_weights_that_break_in_the_step_before_an_evaluation(
     tmp_path, pictures, capsys, monkeypatch
@@ -654,13 +675,13 @@ def fails(capsys, *options) -> str:
     with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as caught:
         data.run_script(train.main)
     assert caught.value.code == 2
-    lines = capsys.readouterr().err.rstrip("\n").split("\n")
-    assert "Traceback" not in lines
-    errors = [line for line in lines if line.startswith("train.py: error: ")]
-    assert errors == lines[-1:]
-    bar = [line for line in lines[:-1] if line.strip() and "steps/s" not in line]
-    assert bar == []  # beside the progress bar there is nothing else
-    return errors[0]
+    said = capsys.readouterr().err
+    bar, _, message = said.partition("train.py: error: ")
+    assert "Traceback" not in said
+    assert message.endswith("\n") and message.count("\n") == 1
+    bar = [text for text in re.split(r"[\r\n]", bar.replace("\x1b[A", "")) if text.strip()]
+    assert all("steps/s" in text for text in bar)  # beside the progress bar there is nothing else
+    return message
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -676,7 +697,7 @@ IMPOSSIBLE = [
     (["--batch-size", "8", "--accum-steps", "3"], r"batch of 8 does not divide into 1 .* x 3"),
     (["--img-size", "18"], r"18x18 pixels do not divide into patches of 4"),
     (["--num-targets", "16", "--target-scale", "0.5", "0.5"], r"context.*targets"),
-    (["--context-size", "16"], r"context of 16 patches.*of 16"),
+    (["--context-size", "16"], r"context of 16 patches"),
     (["--target-scale", "0.9", "0.1"], r"target_scale.*low <= high"),
     (["--predictor-dim", "50"], r"width 50 must be divisible"),
     (["--target-layers", "7"], r"target_layers is 7"),
@@ -951,7 +972,7 @@ def test_a_run_that_would_take_days_on_a_cpu_says_so(
     monkeypatch.setattr(train, "step_seconds", lambda *_: seconds)
     run(tmp_path / "run", "--data", pictures, *SMALL, *HERE, kill_at=0)
     said = capsys.readouterr().out
-    assert ("about 1.9 days" in said) == warned
+    assert ("about 44.4 hours" in said) == warned
     assert ("meant for GPUs" in said and "--model vit_nano" in said) == warned
 
 
