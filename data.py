@@ -411,8 +411,8 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 # ----------------------------------------------------------------------------- built-in shapes
 
-# A kind is an outline and the pattern of its surface: a tile of 8x8 pixels, `#` in one of the
-# object's two tones, `.` in the other. Which of the two is the lighter one is random.
+# A kind is an outline and the pattern of its surface: a tile of 8x8, `#` in one of the object's two
+# tones, `.` in the other. Which of the two is the lighter one is random.
 TILES = {
     "flag": "######## ######## ........ ........ ######## ######## ........ ........",
     "curtain": "##..##.. ##..##.. ##..##.. ##..##.. ##..##.. ##..##.. ##..##.. ##..##..",
@@ -430,11 +430,13 @@ SHAPES_CLASSES = {
 }
 SHAPES_COUNT = {"train": 25_000, "test": 5_000}
 STENCIL = 64  # side of an outline, in cells
+STRETCH = 0.06  # the period of a pattern is 8 pixels times e^-0.06 to e^0.06
 
 
 @lru_cache
-def _outlines() -> Tensor:
-    """Eight outlines with an empty rim, (8, 66, 66) bool."""
+def _tables() -> tuple[Tensor, Tensor]:
+    """Patterns (8 kinds, 8, 8) and outlines with an empty rim (8 kinds, 66, 66), uint8, flat."""
+    tiles = [[c == "#" for c in tile.replace(" ", "")] for tile in TILES.values()]
     u = (torch.arange(STENCIL) + 0.5) / STENCIL * 2 - 1  # -1 to 1
     y, x = torch.meshgrid(u, u, indexing="ij")
     a, b, r, angle = x.abs(), y.abs(), x.hypot(y), torch.atan2(x, -y)
@@ -448,7 +450,8 @@ def _outlines() -> Tensor:
         torch.maximum(0.866 * a + 0.5 * b, b) < 0.9,  # hexagon
         b < 0.7,  # oblong
     ]
-    return F.pad(torch.stack(outlines), (1, 1, 1, 1))
+    outlines = F.pad(torch.stack(outlines).to(torch.uint8), (1, 1, 1, 1))
+    return torch.tensor(tiles, dtype=torch.uint8).flatten(), outlines.flatten()
 
 
 def _scramble(x: Tensor) -> Tensor:
@@ -469,12 +472,13 @@ def draw_shapes(
     Args:
         seed: which set.
         index: (B,) int64, which pictures of it.
-        img_size: side S in pixels. Patterns keep their 8 pixels, objects grow with the picture.
+        img_size: side S in pixels. Patterns keep their period, objects grow with the picture.
         clutter: strength of what hides the objects: patches of light, tints and film grain.
     Returns:
         Pictures (B, 3, S, S) uint8, and for each task of `SHAPES_CLASSES` labels (B,) int64.
     """
-    b, s, slots = len(index), img_size, len(SHAPES_CLASSES["count"])
+    b, s, kinds, slots = len(index), img_size, len(TILES), len(SHAPES_CLASSES["count"])
+    tiles, outlines = _tables()
     key = _scramble(index * 0x10001 + _scramble(torch.tensor(seed)))  # (B,)
 
     def bits(stream: int, n: int) -> Tensor:  # (B, n) int64
@@ -483,22 +487,25 @@ def draw_shapes(
     def uniform(stream: int, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:  # (B, n)
         return low + (high - low) * ((bits(stream, n) >> 40) & 0xFFFFFF).float() / 2**24
 
+    def lookup(table: Tensor, row: Tensor, column: Tensor) -> Tensor:  # two (B, S) -> (B, S, S)
+        places = row[:, :, None] + column[:, None, :]
+        return table.index_select(0, places.flatten()).view(b, s, s)  # much faster than table[...]
+
     others, nearness = uniform(0, 2).unbind(1)
     others = (others * slots).long()  # objects beside the nearest: 0 to 3
     nearest_size = 0.5 + 0.35 * nearness  # share of the picture's side
     corner = uniform(1, 4).argsort(1)  # those behind are in different corners
+    pixel = torch.arange(s)
     # Colours of the background and of two tones of each object: greys with a little tint.
     palette = 0.5 + uniform(2, 3 * (1 + 2 * slots), -0.02, 0.02).view(b, 3, -1)
 
-    # From back to front: which colour of the palette each pixel has; 0 is the background.
-    tiles = torch.tensor([[c == "#" for c in tile.replace(" ", "")] for tile in TILES.values()])
-    tiles, outlines = tiles.view(-1, 8, 8).to(torch.uint8), _outlines()
+    # Which colour of the palette each pixel has; 0 is the background.
     canvas = torch.zeros(b, s, s, dtype=torch.uint8)
-    for slot in reversed(range(slots)):
+    for slot in range(slots):
         u = uniform(10 + slot, 8)
-        kind = (u[:, 0] * len(TILES)).long()
+        kind = (u[:, 0] * kinds).long()
         if slot == 0:
-            size = nearest_size
+            nearest_kind, size = kind, nearest_size
             centre = 0.5 + (u[:, 1:3] - 0.5) * (1.1 - size[:, None])  # mostly inside
         else:
             size = nearest_size * (0.5 + 0.4 * u[:, 3])  # further away: smaller
@@ -506,27 +513,30 @@ def draw_shapes(
             centre = 0.2 + 0.6 * place + 0.2 * (u[:, 1:3] - 0.5)
         centre = centre + 9 * (slot > others)[:, None]  # not in this picture: far outside it
         # The cells of the outline on which the picture's rows and columns fall, or its empty rim.
-        cells = ((torch.arange(s) + 0.5) / s - centre[..., None]) / size[:, None, None] + 0.5
+        cells = ((pixel + 0.5) / s - centre[..., None]) / size[:, None, None] + 0.5  # (B, 2, S)
         row, column = (cells * STENCIL + 1).clamp_(0, STENCIL + 1).long().unbind(1)  # (B, S) each
-        inside = outlines[kind[:, None, None], row[:, :, None], column[:, None, :]]  # (B, S, S)
-        start = 4 * (u[:, 4:6] * 2).long()[..., None] + torch.arange(s)  # (B, 2, S)
-        row, column = (start % 8).unbind(1)
-        tone = tiles[kind[:, None, None], row[:, :, None], column[:, None, :]]  # (B, S, S)
-        canvas = torch.where(inside, 1 + 2 * slot + tone, canvas)
-        contrast = torch.where(u[:, 6] < 0.5, 0.125, -0.125)[:, None]
+        row = (kind[:, None] * (STENCIL + 2) + row) * (STENCIL + 2)
+        inside = lookup(outlines, row, column)  # (B, S, S), 0 or 1
+        # Where the pattern starts and its period are the object's own, and so is which is lighter.
+        stretch = uniform(60 + slot, 1, -STRETCH, STRETCH).exp()[..., None]  # (B, 1, 1)
+        row, column = ((pixel * stretch + 8 * u[:, 4:6, None]).long() % 8).unbind(1)  # (B, S) each
+        first = 2 * (slots - slot) - 1  # nearer objects have larger numbers
+        tone = lookup(tiles, (kind[:, None] * 8 + row) * 8, column) + first  # (B, S, S)
+        canvas = torch.maximum(canvas, inside * tone)  # and so cover those behind
+        contrast = torch.where(u[:, 6] < 0.5, 0.135, -0.135)[:, None]
         brightness = 0.05 * (u[:, 7:] - 0.5)
-        palette[:, :, 1 + 2 * slot] += brightness - contrast
-        palette[:, :, 2 + 2 * slot] += brightness + contrast
+        palette[:, :, first] += brightness - contrast
+        palette[:, :, first + 1] += brightness + contrast
     pictures = palette.gather(2, canvas.flatten(1).long()[:, None].expand(-1, 3, -1))
     pictures = pictures.view(b, 3, s, s)
 
     # Dappled light with a tint, and film grain: nuisances.
     light = uniform(3, 4 * 8 * 8, -clutter, clutter).view(b, 4, 8, 8)
-    light = 0.5 * light[:, 3:] + 0.15 * light[:, :3]
+    light = 0.33 * light[:, 3:] + 0.12 * light[:, :3]
     pictures += F.interpolate(light, size=(s, s), mode="bilinear")
-    grain = bits(4, s * s).view(torch.int16).view(b, s, s, 4).permute(0, 3, 1, 2) / 2**15
-    pictures += clutter * (0.15 * grain[:, 3:] + 0.1 * grain[:, :3])
-    labels = {"kind": kind, "count": others, "near": (nearness * 4).long()}
+    grain = bits(4, s * s).view(torch.int16).view(b, s, s, 4).permute(0, 3, 1, 2)
+    pictures += (0.1125 * grain[:, 3:] + 0.075 * grain[:, :3]) * (clutter / 2**15)
+    labels = {"kind": nearest_kind, "count": others, "near": (nearness * 4).long()}
     return pictures.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
 
 

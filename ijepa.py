@@ -109,9 +109,7 @@ class IJEPAConfig:
             ("target_layers", range(1, self.depth + 1)),
         ):
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r}: choose one of {', '.join(map(str, allowed))}"
-                )
+                raise ValueError(f"{name} is {value!r}: choose one of {[*allowed]}")
         widths = (self.embed_dim, self.num_heads), (self.predictor_dim, self.predictor_heads)
         for dim, heads in widths:
             if min(dim, heads) < 1 or dim % 4 or dim % heads:
@@ -321,20 +319,13 @@ class Predictor(nn.Module):
 # ---------------------------------------------------------------- masks (Sec. 3, Fig. 4, App. A.1)
 
 
-class Strategy(NamedTuple):
-    """How Table 6 hides parts of an image."""
-
-    num_targets: int
-    target_scale: Range
-    context_scale: Range
-    context_share: float  # default size of the context, as a share of the grid, at most
-
-
+# How Table 6 hides parts of an image: number and scale of the targets, scale of the context block,
+# and the context's default size, as a share of the grid at most.
 STRATEGIES = {
-    "multiblock": Strategy(4, (0.15, 0.2), (0.85, 1.0), 0.25),  # several blocks: the method
-    "rasterized": Strategy(3, (0.25, 0.25), (1.0, 1.0), 0.25),  # three quadrants from the fourth
-    "block": Strategy(1, (0.6, 0.6), (1.0, 1.0), 1.0),  # one large block from the rest
-    "random": Strategy(1, (0.6, 0.6), (1.0, 1.0), 1.0),  # scattered patches from the rest
+    "multiblock": (4, (0.15, 0.2), (0.85, 1.0), 0.25),  # several blocks: the method
+    "rasterized": (3, (0.25, 0.25), (1.0, 1.0), 0.25),  # three quadrants from the fourth
+    "block": (1, (0.6, 0.6), (1.0, 1.0), 1.0),  # one large block from the rest
+    "random": (1, (0.6, 0.6), (1.0, 1.0), 1.0),  # scattered patches from the rest
 }
 
 
@@ -354,10 +345,8 @@ def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Te
     shapes = torch.stack([grid[0] * (s * a).sqrt(), grid[1] * (s / a).sqrt()], dim=1)
     shapes = shapes.round().clamp(min=1)
     if not (shapes <= torch.tensor(grid)).all():
-        height, width = shapes.amax(0).tolist()
         raise ValueError(
-            f"blocks of scale {scale}, aspect {aspect} take up to {height:.0f} rows, {width:.0f} "
-            f"columns of {grid[0]}x{grid[1]} patches: lower the scale, or bring aspect closer to 1"
+            f"blocks of scale {scale} and aspect {aspect} do not fit a grid of {grid[0]}x{grid[1]}"
         )
     return shapes.long()
 
@@ -389,13 +378,15 @@ class MaskCollator:
     ):  # fmt: skip
         if strategy not in STRATEGIES:
             raise ValueError(f"mask strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        default = STRATEGIES[strategy]
+        default_targets, default_scale, default_context, share = STRATEGIES[strategy]
         self.strategy = strategy
         self.grid = rows, columns = pair(grid)
         self.num_patches = rows * columns
-        self.num_targets = default.num_targets if num_targets is None else num_targets
-        target_scale = target_scale or default.target_scale
-        context_scale = context_scale or default.context_scale
+        self.num_targets = default_targets if num_targets is None else num_targets
+        target_scale, context_scale = (
+            target_scale or default_scale,
+            context_scale or default_context,
+        )
         if min(rows, columns, self.num_targets) < 1:
             raise ValueError(f"{self.num_targets} targets on a grid of {rows}x{columns} patches")
         for name, (low, high), top in (
@@ -414,14 +405,12 @@ class MaskCollator:
             count = torch.linspace(*target_scale, 32, dtype=torch.float64) * self.num_patches
             count = count.round().long().clamp(min=1)
             if self.num_targets * count.max() >= self.num_patches:
-                raise ValueError(
-                    f"{self.num_targets} targets of scale {target_scale} hide everything"
-                )
+                raise ValueError(f"{self.num_targets} targets of {count.max()} patches hide all")
             self.target_shapes = torch.stack([torch.ones_like(count), count], dim=1)
         else:
             self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)
         self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
-        self.context_size = self._choose_context_size(context_size, default.context_share)
+        self.context_size = self._choose_context_size(context_size, share)
 
     def _choose_context_size(self, wanted: int | None, share: float) -> int:
         """K: `wanted`, if half of all draws leave it at the least; else what nine in ten leave."""
@@ -496,7 +485,6 @@ class MaskCollator:
 
 # ------------------------------------------------------------------------- the method (Section 3)
 
-
 # What reading a file raises that is no checkpoint, or only a part of one.
 DAMAGED = (LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
 
@@ -554,9 +542,8 @@ class IJEPA(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * encoder, after each optimizer step."""
-        for target, online in zip(
-            self.target_encoder.parameters(), self.encoder.parameters(), strict=True
-        ):
+        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
+        for target, online in pairs:
             target.lerp_(online, 1 - momentum)
 
     @classmethod
@@ -564,11 +551,11 @@ class IJEPA(nn.Module):
         """The three networks of a checkpoint in the format of the released code.
 
         Args:
-            checkpoint: a path (read without running any code in it), or the loaded dict with
-                `encoder`, `predictor` and `target_encoder`; a `module.` before names is dropped.
+            checkpoint: a path (no code in the file is run), or the loaded dict with `encoder`,
+                `predictor` and `target_encoder`; a `module.` before names is dropped.
             num_heads: only for widths that no released model has: weights do not tell it.
         Raises:
-            ValueError: if it is no such checkpoint, or `num_heads` is needed or does not divide D.
+            ValueError: it is no such checkpoint, or `num_heads` is missing or does not fit.
         """
         try:
             if not isinstance(checkpoint, Mapping):
@@ -581,16 +568,16 @@ class IJEPA(nn.Module):
             positions = {n: weights.pop(n) for n in list(weights) if n.endswith("pos_embed")}
             side = math.isqrt(positions["encoder.pos_embed"].shape[1])
             dim, in_chans, patch_size = weights["encoder.patch_embed.proj.weight"].shape[:3]
-            known = {m.config.embed_dim: m.config.num_heads for m in MODELS.values()}
-            num_heads = num_heads or known.get(dim)
-            if num_heads is None:
+            heads = {m.config.embed_dim: m.config.num_heads for m in MODELS.values()}
+            if (heads := num_heads or heads.get(dim)) is None:
                 raise ValueError(f"width {dim} does not tell the number of heads: give num_heads")
+            layers = [n.split(".")[:2] for n in weights if n.endswith("norm1.bias")]
             config = IJEPAConfig(
                 img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim,
-                depth=sum(".norm1.bias" in n and n.startswith("encoder") for n in weights),
-                num_heads=num_heads, mlp_ratio=len(weights["encoder.blocks.0.mlp.fc1.bias"]) / dim,
-                predictor_dim=weights["predictor.mask_token"].shape[-1], predictor_heads=num_heads,
-                predictor_depth=sum(".norm1.bias" in n and n.startswith("pred") for n in weights),
+                depth=layers.count(["encoder", "blocks"]), num_heads=heads, predictor_heads=heads,
+                mlp_ratio=len(weights["encoder.blocks.0.mlp.fc1.bias"]) / dim,
+                predictor_dim=weights["predictor.mask_token"].shape[-1],
+                predictor_depth=layers.count(["predictor", "predictor_blocks"]),
             )  # fmt: skip
             model = cls(config)
             for name, stored in positions.items():  # fixed, so they must be what we compute
@@ -681,8 +668,8 @@ def _model(img, patch, dim, depth, heads, p_dim, p_depth, recipe, **more) -> Mod
 
 
 # No paper trains these: ours.
-_NANO = Recipe("shapes", 64, 5, warmup_epochs=0.25, final_lr=1e-5, final_weight_decay=0.04,
-               momentum=0.997, crop_scale=(1.0, 1.0), flip=True)  # fmt: skip
+_NANO = Recipe("shapes", 64, 5, warmup_epochs=0.25, lr=1.2e-3, final_lr=1e-5,
+               final_weight_decay=0.04, momentum=0.997, crop_scale=(1.0, 1.0), flip=True)  # fmt: skip
 _CIFAR = Recipe("cifar10", batch_size=512)
 
 MODELS = {

@@ -611,13 +611,21 @@ def read_checkpoint(path: str | Path) -> dict:
 # ------------------------------------------------------------------------------------- comparing
 
 
-def pixels(images: Tensor, size: int = 16) -> Tensor:
-    """Images as features, at 16 x 16 pixels: (b, C, H, W) -> (b, 256 C) on the CPU.
+def pixels(images: Tensor) -> Tensor:
+    """Images as features, (b, C, H, W) -> (b, C H W) on the CPU: what every encoder must beat."""
+    return images.flatten(1).float().cpu()
 
-    What every encoder must beat. More pixels make a linear probe slower and, there being more of
-    them than it can learn from, no better.
+
+def narrow(train_x: Tensor, *others: Tensor, width: int = 512) -> list[Tensor]:
+    """Features along the `width` strongest principal axes of `train_x`, (n, F) -> (n, width) each.
+
+    For the linear probe of raw pixels: there are thousands, far more than pictures to fit them.
     """
-    return F.interpolate(images, (size, size), mode="area").flatten(1).float().cpu()
+    mean = train_x.mean(0)
+    with torch.random.fork_rng():  # the sketch behind pca_lowrank is random, but always the same
+        torch.manual_seed(0)
+        axes = torch.pca_lowrank(train_x - mean, min(width, *train_x.shape), center=False)[2]
+    return [(x - mean) @ axes for x in (train_x, *others)]
 
 
 def compare(
@@ -630,17 +638,23 @@ def compare(
             to report on.
         labels: task -> three tensors (n,) int64.
         k: neighbours.
-    The linear probe is a small one, batch norm and linear, for the end of a training run.
+    The linear probe is a small one, batch norm and linear, for the end of a training run; features
+    of more than 1,024 numbers are made `narrow` for it.
 
     Returns:
         One dict for each pair: features, task, knn, linear, linear_std (accuracies in percent),
         chance (the share of the most frequent class) and the probe's chosen setting.
     """
     rows = []
+    narrowed = {
+        name: narrow(*parts) if parts[0].shape[1] > 1024 else parts
+        for name, parts in features.items()
+    }
     for task, (train_y, choose_y, report_y) in labels.items():
         chance = report_y.bincount().max().item() / len(report_y)
-        for name, (train_x, choose_x, report_x) in features.items():
+        for name, (train_x, _, report_x) in features.items():
             prediction = knn(train_x, train_y, report_x, k=k)
+            train_x, choose_x, report_x = narrowed[name]
             probe = linear_probe(
                 train_x, train_y, choose_x, choose_y, report_x, report_y,
                 heads=("bn",), rates=(0.1, 0.3, 1.0), decays=(5e-4,), epochs=10, min_steps=300,

@@ -740,8 +740,7 @@ def test_stl10_has_pictures_without_labels(monkeypatch, tmp_path, part, split):
 
 
 @pytest.mark.parametrize(
-    "name, sizes",
-    [("shapes", (32, 4)), ("cifar10", (32, 4)), ("cifar100", (32, 4)), ("stl10", (96, 8))],
+    "name, sizes", [("cifar10", (32, 4)), ("cifar100", (32, 4)), ("stl10", (96, 8))]
 )
 def test_default_sizes_of_named_sets(name, sizes):
     assert data.default_sizes(name, "data") == sizes

@@ -239,6 +239,16 @@ def test_whole_batches_converge_to_the_optimum_of_scikit_learn(head, decay):
     torch.testing.assert_close(ours.double(), oracle, atol=2e-3, rtol=0)
 
 
+def test_small_batches_come_to_rest_near_the_optimum():
+    x, y = blobs(1000, 30, 6, distance=0.35)
+    choice = probe.linear_probe(
+        x, y, x, y, heads=["bn"], rates=[0.1], decays=[1e-3], seeds=1, batch_size=100, epochs=60
+    ).best
+    ours = (x @ choice.weight[0].T + choice.bias[0]).softmax(1)
+    error = (ours - scikit_learn(x, y, "bn", 1e-3)(x)).abs().mean()
+    assert error < 0.001  # at a constant rate it stays at 0.006
+
+
 @pytest.mark.parametrize("head", probe.HEADS)
 def test_the_default_sweep_is_within_half_a_point_of_scikit_learn(head):
     train_x, train_y, val_x, val_y, _, _ = thirds(*blobs(6000, 30, 6, distance=0.35))
@@ -358,9 +368,10 @@ def test_the_choice_is_the_best_on_validation_and_blind_to_the_test_set():
 def test_predictions_and_weights_are_those_of_the_score():
     data = thirds(*blobs(900, 12, 4, distance=0.4))
     for choice in (
-        probe.linear_probe(*data, heads=[head], rates=[0.1], decays=[1e-3]).best
+        probe.linear_probe(*data, heads=[head], rates=[0.1], decays=[1.0, 1e-3]).best
         for head in probe.HEADS
     ):
+        assert choice.decay == 1e-3  # not the first setting, which predicts something else
         hits = (choice.predictions == data[5]).double().mean(1)
         assert choice.test == tuple(hits.tolist())
         assert choice.test_mean == pytest.approx(hits.mean().item())

@@ -191,7 +191,7 @@ def test_the_log_has_a_line_every_few_steps_and_for_each_evaluation(full):
     for row in full.log:
         assert float(row["epoch"]) == pytest.approx(int(row["step"]) * 8 / 81, rel=1e-5)
         assert bool(row["knn"]) == bool(row["val_loss"]) == bool(row["rankme"])
-    assert 0 <= float(full.log[-1]["knn"]) <= 100 and 1 <= float(full.log[-1]["rankme"]) <= 96
+    assert 0 <= float(full.log[-1]["knn"]) <= 100 and 1 <= float(full.log[-1]["rankme"]) <= 9
 
 
 def test_the_log_has_the_rates_of_the_schedules(full):
@@ -399,7 +399,7 @@ def test_a_stream_of_pictures_trains_and_resumes_too(tmp_path, pictures, monkeyp
     options = ["--data", pictures, *SMALL, "--steps", "4", "--device", "cpu", "--no-compile"]
     run(tmp_path / "a", *options, "--workers", "0")
     run(tmp_path / "b", *options, "--workers", "2", kill_at=3)
-    run(tmp_path / "b", *options, "--workers", "1", "--resume")
+    run(tmp_path / "b", *options, "--workers", "0", "--resume")
     assert_same_run(tmp_path / "b", tmp_path / "a")
 
 
@@ -448,7 +448,7 @@ def two_processes(tmp_path_factory, pictures) -> Path:
             code = process.wait(timeout=100)
         finally:  # its processes too, whatever happened
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert code == 0, (folder / "errors").read_text()[-3000:]
     return folder
@@ -643,13 +643,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
 
 
 @pytest.mark.xfail(strict=True, reason="the bar is not closed, and the message follows on its line")
-def test_an_error_during_a_run_has_a_line_of_its_own(tmp_path, pictures):
-    command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path / "run")]
-    command += ["--data", pictures, *SMALL, *HERE, "--lr", "1e30", "--start-lr", "1e30"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(r"train\.py: error: the loss is nan at step 2\b", done.stderr)
-    assert done.stderr.split("\n")[-2].startswith("train.py: error: the loss is")
+def test_an_error_during_a_run_has_a_line_of_its_own(tmp_path, pictures, capsys):
+    argv = ["train.py", "--out", str(tmp_path / "run"), "--data", pictures, *SMALL, *HERE]
+    argv += ["--lr", "1e30", "--start-lr", "1e30"]
+    with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit):
+        data.run_script(train.main)
+    last = capsys.readouterr().err.split("\n")[-2]
+    assert last.startswith("train.py: error: the loss is nan at step 2:")
 
 
 @pytest.mark.xfail(strict=True, reason="features that are not finite: ValueError, a traceback")
@@ -830,7 +830,7 @@ def test_nothing_to_resume(tmp_path, pictures, capsys, kind):
         (["--model", "vit_tiny"], r"has model vit_nano, not vit_tiny"),
         (["--img-size", "32"], r"has img_size 16, not 32"),
         (["--predictor-depth", "2"], r"has predictor_depth 1, not 2"),
-        (["--lr", "0.5"], r"has lr 0.001, not 0.5"),
+        (["--lr", "0.5"], r"has lr [\d.e-]+, not 0.5"),
         (["--steps", "9"], r"has steps 8, not 9"),
         (["--batch-size", "16"], r"has batch_size 8, not 16"),
         (["--seed", "1"], r"has seed 0, not 1"),

@@ -1,0 +1,201 @@
+"""Measure what the README reports, and write it to results/ with date, hardware and command.
+
+    python tests/benchmark/record.py demo       three seeds of `python train.py` (a quarter of an hour)
+    python tests/benchmark/record.py masks      cost of the mask sampler
+    python tests/benchmark/record.py speed      images/s of a training step of vit_tiny on this device
+    python tests/benchmark/record.py readme     copy the recorded figures into README.md
+
+Nothing else should be running: times are wall time.
+"""
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "results"
+
+
+def hardware() -> str:
+    """The device that PyTorch computes on here."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = re.findall(r"model name\s*: (.*)", info.read_text())
+        model = names[0] if names else model
+    return f"{torch.get_num_threads()} cores of {model}"
+
+
+def write(name: str, command: str, **figures) -> None:
+    """results/<name>.json, with everything needed to repeat it."""
+    record = {
+        "date": date.today().isoformat(),
+        "hardware": hardware(),
+        "torch": str(torch.__version__),
+        "command": command,
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote results/{name}.json")
+
+
+def demo(seeds=(0, 1, 2)) -> None:
+    """`python train.py` as a newcomer runs it, once for each seed."""
+    runs = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "train.py", "--seed", str(seed), "--out", f"{folder}/run"]
+            start = time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True)
+            seconds = time.perf_counter() - start
+            rows = json.loads(Path(folder, "run", "result.json").read_text())
+            runs.append({"seed": seed, "seconds": round(seconds, 1), "rows": rows})
+            if seed == seeds[0]:
+                for picture in ("result", "curves"):
+                    target = RESULTS / f"demo_{picture}.png"
+                    target.write_bytes(Path(folder, "run", f"{picture}.png").read_bytes())
+        write("demo", "python train.py --seed S", runs=runs)
+
+
+def masks() -> None:
+    """Cost of the mask sampler on one thread."""
+    from benchmark_masks import measure
+
+    write("masks", "python tests/benchmark/record.py masks", microseconds_an_image=measure())
+
+
+def speed(batch_size: int = 256, steps: int = 3) -> None:
+    """Images/s of whole training steps of vit_tiny, 32 pixels, patch 4."""
+    from data import CropRandomness, crop_resize, normalize
+    from ijepa import IJEPA, MODELS, MaskCollator, parameter_groups
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = IJEPA(MODELS["vit_tiny"].config).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model))
+    sampler = MaskCollator(model.encoder.grid)
+    pictures = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+    side, generator = torch.full((batch_size,), 32), torch.Generator().manual_seed(0)
+
+    def step(bf16: bool) -> None:
+        crops = CropRandomness.draw(batch_size, False, generator)
+        boxes = crops.boxes(side, side, (0.3, 1.0))
+        images = crop_resize(normalize(pictures), boxes, crops.flip, 32)
+        idx = (x.to(device) for x in sampler.sample(batch_size, generator))
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = model(images, *idx)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_target(0.996)
+        loss.item()
+
+    rates = {}
+    for name, bf16 in (("float32", False), ("bfloat16", True)):
+        step(bf16)
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step(bf16)
+            times.append(time.perf_counter() - start)
+        rates[name] = round(batch_size / statistics.median(times), 1)
+    write("speed", "python tests/benchmark/record.py speed", batch=batch_size, images_per_s=rates)
+
+
+def readme() -> None:
+    """Replace what stands between the markers of README.md by the recorded figures."""
+    text = (ROOT / "README.md").read_text()
+    for name, lines in (("demo", demo_lines()), ("measured", measured_lines())):
+        block = f"<!-- {name} figures -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->"
+        pattern = rf"<!-- {name} figures -->.*?<!-- end of {name} -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    (ROOT / "README.md").write_text(text)
+
+
+def record(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def demo_lines() -> list[str]:
+    """The table at the end of the demo, mean and range over the seeds."""
+    demo = record("demo")
+    rows = [row for run in demo["runs"] for row in run["rows"]]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = list(dict.fromkeys(row["features"] for row in rows))
+    lines = [
+        "| | " + " | ".join(f"{task}: 20-NN | {task}: linear" for task in tasks) + " |",
+        "|---|" + "---|---|" * len(tasks),
+    ]
+    for name in names:
+        cells = []
+        for task in tasks:
+            for column in ("knn", "linear"):
+                here = [r[column] for r in rows if (r["features"], r["task"]) == (name, task)]
+                cells.append(f"{statistics.mean(here):.1f} ± {statistics.stdev(here):.1f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seconds = [run["seconds"] for run in demo["runs"]]
+    lines += [
+        "",
+        f"Accuracy on held-out pictures in percent, mean and standard deviation over "
+        f"{len(seconds)} seeds; {min(seconds):.0f} to {max(seconds):.0f} seconds on "
+        f"{demo['hardware']} ({demo['date']}, torch {demo['torch']}, `{demo['command']}`).",
+    ]
+    return lines
+
+
+def measured_lines() -> list[str]:
+    """One row for each figure, and for what was not measured yet."""
+    lines = ["| what | figure | where, when, how |", "|---|---|---|"]
+
+    def row(what: str, figure: str, of: dict) -> None:
+        how = f"{of['hardware']}, {of['date']}, `{of['command']}`"
+        lines.append(f"| {what} | {figure} | {how} |")
+
+    for name, describe in DESCRIPTIONS.items():
+        if (RESULTS / f"{name}.json").exists():
+            of = record(name)
+            for what, figure in describe(of):
+                row(what, figure, of)
+    lines += [f"| {what} | not measured | |" for what in NOT_MEASURED]
+    return lines
+
+
+DESCRIPTIONS = {
+    "masks": lambda r: [
+        (f"drawing masks, {grid}x{grid} grid, one core", f"{us:.1f} µs an image")
+        for grid, us in r["microseconds_an_image"].items()
+    ],
+    "speed": lambda r: [
+        (f"training step, `vit_tiny` 32/4, batch {r['batch']}, {kind}", f"{rate:.0f} images/s")
+        for kind, rate in r["images_per_s"].items()
+    ],
+    "cifar10_cpu": lambda r: [
+        (
+            f"`vit_tiny`, {r['data']}, {r['steps']} steps of {r['batch']}: {name} on held-out images",
+            f"{r['before'][name]:.4g} -> {r['after'][name]:.4g}",
+        )
+        for name in r["before"]
+    ],
+}
+NOT_MEASURED = (
+    "`vit_tiny` on CIFAR-10, 100 epochs, one GPU",
+    "images/s of any model on a GPU",
+)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in ("demo", "masks", "speed", "readme"):
+        sys.exit(__doc__)
+    {"demo": demo, "masks": masks, "speed": speed, "readme": readme}[sys.argv[1]]()
