@@ -462,7 +462,7 @@ def describe(config: TrainConfig, model: IJEPA, data, plan: Plan, place: Place, 
     split = f"{place.world_size} process(es) x {config.accum_steps} micro-batch(es)"
     return "\n".join(
         (
-            f"model    {config.model}: encoder {size:.2f} M, predictor {predictor:.2f} M parameters",
+            f"model    {config.model}: {size:.2f} M parameters, and {predictor:.2f} M to predict",
             f"pictures {config.data}: {len(plan.index)} to train on, "
             f"{len(data) - len(plan.index)} held out, {kind}, {model.config.img_size} pixels",
             f"masks    {masks.strategy} on {rows}x{columns} patches: context {masks.context_size}, "

@@ -229,18 +229,18 @@ def scikit_learn(train_x, train_y, head, decay):
 @pytest.mark.parametrize("head", probe.HEADS)
 @pytest.mark.parametrize("decay", [1e-5, 1e-3, 1e-1])
 def test_whole_batches_converge_to_the_optimum_of_scikit_learn(head, decay):
-    x, y = blobs(1000, 30, 6, distance=0.35)
+    x, y = blobs(800, 20, 5, distance=0.35)
     choice = probe.linear_probe(
         x, y, x, y, heads=[head], rates=[0.3], decays=[decay], seeds=1, min_steps=1500
     ).best
     ours = (x @ choice.weight[0].T + choice.bias[0]).softmax(1)
     oracle = scikit_learn(x, y, head, decay)(x)
-    assert (oracle.max(1).values - 1 / 6).mean() > 0.1  # not just "I do not know"
+    assert (oracle.max(1).values - 1 / 5).mean() > 0.1  # not just "I do not know"
     torch.testing.assert_close(ours.double(), oracle, atol=2e-3, rtol=0)
 
 
 def test_small_batches_come_to_rest_near_the_optimum():
-    x, y = blobs(1000, 30, 6, distance=0.35)
+    x, y = blobs(800, 20, 5, distance=0.35)
     choice = probe.linear_probe(
         x, y, x, y, heads=["bn"], rates=[0.1], decays=[1e-3], seeds=1, batch_size=100, epochs=60
     ).best
@@ -251,7 +251,7 @@ def test_small_batches_come_to_rest_near_the_optimum():
 
 @pytest.mark.parametrize("head", probe.HEADS)
 def test_the_default_sweep_is_within_half_a_point_of_scikit_learn(head):
-    train_x, train_y, val_x, val_y, _, _ = thirds(*blobs(6000, 30, 6, distance=0.35))
+    train_x, train_y, val_x, val_y, _, _ = thirds(*blobs(6000, 20, 5, distance=0.35))
     oracle = []
     for decay in probe.DECAYS:
         probabilities = scikit_learn(train_x, train_y, head, decay or 1e-9)(val_x)

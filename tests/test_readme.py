@@ -23,10 +23,11 @@ COMMANDS = [
 ]
 
 # What makes a command short: two steps of a tiny model on a tiny set. What it is about stays.
-SHORT = (
-    "--steps 2 --batch-size 8 --img-size 16 --patch-size 4 --eval-images 16 --eval-every 1 "
-    "--workers 0 --device cpu --predictor-dim 48 --predictor-depth 1"
-).split()
+SHORT = [
+    *("--steps", "2", "--batch-size", "8", "--img-size", "16", "--patch-size", "4"),
+    *("--eval-images", "16", "--eval-every", "1", "--workers", "0", "--device", "cpu"),
+    *("--predictor-dim", "48", "--predictor-depth", "1"),
+]
 
 
 @pytest.fixture(scope="module")
