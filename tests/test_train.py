@@ -799,7 +799,6 @@ def test_out_below_a_file(tmp_path, pictures, capsys):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.xfail(strict=True, reason="out.iterdir() raises NotADirectoryError")
 def test_out_is_a_file(tmp_path, pictures, capsys):
     (tmp_path / "file").write_text("in the way")
     said = fails(capsys, "--out", tmp_path / "file", "--data", pictures, *SMALL, *HERE)
