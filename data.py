@@ -198,8 +198,8 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.images)
 
-    def centre(self, index: Tensor) -> Tensor:
-        """The pictures as evaluation sees them: whole, (B, 3, S, S) uint8."""
+    def centre(self, index: Tensor, broken: set[str] | None = None) -> Tensor:
+        """The pictures as evaluation sees them: whole, (B, 3, S, S) uint8. None is broken."""
         return self.images[index.to(self.images.device)]
 
 
@@ -227,16 +227,22 @@ class Folder:
             f"none of the {len(self)} pictures under {self.files[0].parent} can be read"
         )
 
-    def centre(self, index: Tensor) -> Tensor:
+    def centre(self, index: Tensor, broken: set[str] | None = None) -> Tensor:
         """As evaluation sees them: shorter side to 8/7 of S, centre crop of S; (B, 3, S, S)."""
-        pictures = [centre_crop(self.open(int(i), set()), self.img_size, 8 / 7) for i in index]
-        return torch.stack(pictures)
+        broken = set() if broken is None else broken
+        images = torch.empty(len(index), 3, self.img_size, self.img_size, dtype=torch.uint8)
+        for i, number in enumerate(index.tolist()):
+            images[i] = centre_crop(self.open(number, broken), self.img_size, 8 / 7)
+        return images
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture file as RGB, the right way up."""
+    """A picture file as RGB, the right way up, 8 of 16 bits."""
     with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+            picture = Image.fromarray((np.array(picture) // 256).clip(0, 255).astype(np.uint8))
+        return picture.convert("RGB")
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -278,7 +284,7 @@ def scan_folder(root: Path, part: str) -> tuple[list[Path], Tensor, list[str]]:
         folder = root / "val"
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {part}/: expected {root / part}/<class>/<picture>")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = (f for f in (folder / name).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
@@ -358,7 +364,7 @@ def load_data(
     root = data_root(name, data_dir)
     files, labels, classes = scan_folder(root, part)
     if part != "train" and classes != scan_folder(root, "train")[2]:
-        raise UserError(f"{files[0].parents[1]} and {root / 'train'} have different classes")
+        raise UserError(f"the {part} pictures and {root / 'train'} have different classes")
     folder = Folder(files, {"class": labels}, {"class": classes}, img_size)
     if img_size > IN_MEMORY_SIDE or largest_side(root) > IN_MEMORY_SIDE:
         return folder
@@ -366,19 +372,21 @@ def load_data(
     images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
     for i in progress(range(len(files)), f"reading {root.name}/{part}", " pictures"):
         images[i] = centre_crop(folder.open(i, broken), img_size)
-    report_broken(broken, len(files))
+    report_broken(broken, set(), len(files))
     return Pictures(images.to(device), folder.labels, folder.classes)
 
 
-def report_broken(broken: set[str], total: int) -> None:
-    """Name the pictures that could not be read; too many of them are a UserError."""
-    for line in sorted(broken):
+def report_broken(new: set[str], known: set[str], total: int) -> set[str]:
+    """Name pictures that cannot be read, and return all known; above 1 % is a UserError."""
+    for line in sorted(new - known):
         tqdm.write(f"replaced a picture that cannot be read: {line}", file=sys.stderr)
-    if len(broken) > 0.01 * total:
+    known = known | new
+    if len(known) > 0.01 * total:
         raise UserError(
-            f"{len(broken)} of {total} pictures cannot be read, more than 1 %: the last is "
-            f"{max(broken)}. Remove or repair them"
+            f"{len(known)} of {total} pictures cannot be read, more than 1 %: one is "
+            f"{max(known)}. Remove or repair them"
         )
+    return known
 
 
 def _torchvision(name: str, part: str, data_dir: str, img_size: int, device) -> Pictures:
@@ -430,7 +438,6 @@ SHAPES_CLASSES = {
 }
 SHAPES_COUNT = {"train": 25_000, "test": 5_000}
 STENCIL = 64  # side of an outline, in cells
-STRETCH = 0.06  # the period of a pattern is 8 pixels times e^-0.06 to e^0.06
 
 
 @lru_cache
@@ -517,13 +524,12 @@ def draw_shapes(
         row, column = (cells * STENCIL + 1).clamp_(0, STENCIL + 1).long().unbind(1)  # (B, S) each
         row = (kind[:, None] * (STENCIL + 2) + row) * (STENCIL + 2)
         inside = lookup(outlines, row, column)  # (B, S, S), 0 or 1
-        # Where the pattern starts and its period are the object's own, and so is which is lighter.
-        stretch = uniform(60 + slot, 1, -STRETCH, STRETCH).exp()[..., None]  # (B, 1, 1)
-        row, column = ((pixel * stretch + 8 * u[:, 4:6, None]).long() % 8).unbind(1)  # (B, S) each
+        # Patterns begin at a pixel divisible by 4: one of four places within a patch.
+        row, column = ((pixel + 4 * (2 * u[:, 4:6, None]).long()) % 8).unbind(1)  # (B, S) each
         first = 2 * (slots - slot) - 1  # nearer objects have larger numbers
         tone = lookup(tiles, (kind[:, None] * 8 + row) * 8, column) + first  # (B, S, S)
         canvas = torch.maximum(canvas, inside * tone)  # and so cover those behind
-        contrast = torch.where(u[:, 6] < 0.5, 0.135, -0.135)[:, None]
+        contrast = torch.where(u[:, 6] < 0.5, 0.125, -0.125)[:, None]
         brightness = 0.05 * (u[:, 7:] - 0.5)
         palette[:, :, first] += brightness - contrast
         palette[:, :, first + 1] += brightness + contrast
@@ -532,10 +538,10 @@ def draw_shapes(
 
     # Dappled light with a tint, and film grain: nuisances.
     light = uniform(3, 4 * 8 * 8, -clutter, clutter).view(b, 4, 8, 8)
-    light = 0.33 * light[:, 3:] + 0.12 * light[:, :3]
+    light = 0.5 * light[:, 3:] + 0.15 * light[:, :3]
     pictures += F.interpolate(light, size=(s, s), mode="bilinear")
     grain = bits(4, s * s).view(torch.int16).view(b, s, s, 4).permute(0, 3, 1, 2)
-    pictures += (0.1125 * grain[:, 3:] + 0.075 * grain[:, :3]) * (clutter / 2**15)
+    pictures += (0.15 * grain[:, 3:] + 0.1 * grain[:, :3]) * (clutter / 2**15)
     labels = {"kind": nearest_kind, "count": others, "near": (nearness * 4).long()}
     return pictures.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
 
@@ -626,10 +632,8 @@ class _Stream(torch.utils.data.Dataset):
             width, height = (torch.tensor([side]) for side in picture.size)
             box = crops[i : i + 1].boxes(height, width, self.plan.crop_scale)[0].tolist()
             top, left, h, w = box
-            picture = picture.resize(
-                (size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
-            )
-            images[i] = to_tensor(picture)
+            picture = picture.crop((left, top, left + w, top + h))
+            images[i] = to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR))
             if crops.flip[i]:
                 images[i] = images[i].flip(-1)
         return images, context_idx[part], target_idx[part], broken
@@ -661,9 +665,7 @@ def train_batches(
     )
     broken: set[str] = set()
     for images, context_idx, target_idx, new in loader:
-        if new - broken:
-            broken |= new
-            report_broken(broken, len(data))
+        broken = report_broken(new, broken, len(data))
         images, context_idx, target_idx = (
             x.to(device, non_blocking=True) for x in (images, context_idx, target_idx)
         )
@@ -672,6 +674,8 @@ def train_batches(
 
 def _from_memory(data: Pictures, plan: Plan, keys: list, device) -> Iterator[Batch]:
     size = data.images.shape[-1]
+    if not keys:
+        return
 
     def prepare(key: tuple[int, int]) -> tuple[Tensor, ...]:
         index, crops, context_idx, target_idx = draw_step(plan, key[0])
@@ -706,20 +710,22 @@ def eval_batches(
     workers: int = 0,
 ) -> Iterator[Tensor]:
     """The pictures `index`, as evaluation sees them: float32 (b, 3, S, S), normalized."""
-    parts = index.split(batch_size)
-    if isinstance(data, Folder) and workers:
-        loader = DataLoader(_Centres(data), sampler=parts, batch_size=None, num_workers=workers)
-    else:
-        loader = (data.centre(part) for part in parts)
-    for images in loader:
+    workers = workers if isinstance(data, Folder) else 0
+    parts = index.split(batch_size) if len(index) else ()
+    broken: set[str] = set()
+    for images, new in DataLoader(
+        _Centres(data), sampler=parts, batch_size=None, num_workers=workers
+    ):
+        broken = report_broken(new, broken, len(data))
         yield normalize(images.to(device, non_blocking=True))
 
 
 class _Centres(torch.utils.data.Dataset):
-    """For worker processes: `Folder.centre` under the name that DataLoader calls."""
+    """For worker processes: `centre` under the name that DataLoader calls."""
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
+    def __init__(self, data: Pictures | Folder):
+        self.data = data
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.folder.centre(index)
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, set[str]]:
+        broken: set[str] = set()
+        return self.data.centre(index, broken), broken

@@ -668,7 +668,7 @@ def _model(img, patch, dim, depth, heads, p_dim, p_depth, recipe, **more) -> Mod
 
 
 # No paper trains these: ours.
-_NANO = Recipe("shapes", 64, 5, 0.25, lr=1.2e-3, final_lr=1e-5, final_weight_decay=0.04,
+_NANO = Recipe("shapes", 64, 5, 0.25, final_lr=1e-5, final_weight_decay=0.04,
                momentum=0.997, crop_scale=(1.0, 1.0), flip=True)  # fmt: skip
 _CIFAR = Recipe("cifar10", batch_size=512)
 

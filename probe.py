@@ -14,11 +14,12 @@ Letters, in every shape comment of this file:
 """
 
 import math
+import struct
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import UserError
-from ijepa import ViT, cosine
+from ijepa import DAMAGED, ViT, cosine
 
 # ------------------------------------------------------------------------------------- features
 
@@ -595,10 +596,11 @@ def read_checkpoint(path: str | Path) -> dict:
     Nothing in the file is run. Raises UserError if it is missing, damaged, or something else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+    except (*DAMAGED, OSError, ValueError, struct.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is no checkpoint, or is truncated or damaged ({reason})"

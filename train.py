@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -129,6 +130,12 @@ FREE = {
 }  # fmt: skip
 
 
+LEAST = {
+    "epochs": 1, "steps": 1, "batch_size": 1, "accum_steps": 1, "log_every": 1, "save_every": 1,
+    "eval_every": 1, "eval_images": 1, "workers": 0,
+}  # fmt: skip
+
+
 def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, dict | None]:
     """Command line -> complete configuration, architecture, and the checkpoint to resume from."""
     config, given = parse_options(TrainConfig, __doc__, argv)
@@ -144,11 +151,13 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
     if config.epochs is not None and config.warmup_epochs is None:
         filled["warmup_epochs"] = recipe.warmup_epochs * config.epochs / recipe.epochs
     config = dataclasses.replace(config, **filled)
-    for name in ("epochs", "steps", "batch_size", "accum_steps", "log_every", "save_every"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    for name, least in LEAST.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     try:
-        return config, _architecture(config), checkpoint
+        if checkpoint is not None:
+            return config, IJEPAConfig(**checkpoint["architecture"]), checkpoint
+        return config, _architecture(config), None
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -173,8 +182,8 @@ def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
                 f"--resume: the run in {out} has {name} {saved.get(name)}, not "
                 f"{getattr(config, name)}: leave the option out, or start another run with --out"
             )
-    kept = {name: getattr(config, name) for name in FREE}
-    return TrainConfig(**saved | kept | {"out": out}), checkpoint
+    changed = {name: getattr(config, name) for name in FREE & given}
+    return TrainConfig(**saved | changed | {"out": out}), checkpoint
 
 
 def _architecture(config: TrainConfig) -> IJEPAConfig:
@@ -213,6 +222,8 @@ def placed(device: str | None) -> Iterator[Place]:
     """Join the other processes, if `torchrun` started this one, and leave them at the end."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise UserError(f"--device {kind}: choose cpu or cuda")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here; leave the option out")
     if world_size == 1:
@@ -265,6 +276,8 @@ class Evaluation:
     def features(self, encoder, index: Tensor) -> Tensor:
         """Pooled features (n, D) on the CPU; every process computes its part."""
         world, rank = self.place.world_size, self.place.rank
+        if len(index) < 8 * world:  # too few to share
+            world, rank = 1, 0
         part = probe.pooled_features(encoder, self.batches(index[rank::world]))
         if world == 1:
             return part
@@ -343,6 +356,15 @@ def save(path: Path, state: dict) -> None:
         raise UserError(f"could not write the checkpoint {path} ({error}); {kept}") from error
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write `path` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error}") from error
+
+
 COLUMNS = (
     "step", "epoch", "loss", "lr", "weight_decay", "momentum", "images_per_s",
     "val_loss", "knn", "rankme", "feature_std",
@@ -359,7 +381,7 @@ class Log:
             with open(self.path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
         self.rows = rows
-        with open(self.path, "w", newline="") as file:
+        with writing(self.path), open(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -367,7 +389,7 @@ class Log:
     def add(self, **row) -> None:
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
-        with open(self.path, "a", newline="") as file:
+        with writing(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
@@ -392,7 +414,8 @@ class Log:
             axis.grid(alpha=0.3)
             if len(names) > 1:
                 axis.legend()
-        figure.savefig(path, dpi=110)
+        with writing(path):
+            figure.savefig(path, dpi=110)
 
 
 def plt_subplots(*args, **kwargs):
@@ -431,7 +454,7 @@ def draw_result(
             visible[seen] = True
             visible = visible.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
             shown = torch.where(visible[..., None], shown, torch.full_like(shown, 0.75))
-        axis.imshow(shown, interpolation="nearest")
+        axis.imshow(shown.numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=11)
 
     for row, picture in enumerate(pictures):
@@ -445,7 +468,8 @@ def draw_result(
         for i, neighbour in enumerate(nearest):
             title = f"neighbour {i + 1}" if row == 0 else ""
             show(axes[4 + row, 1 + i], neighbour, title=title)
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -516,10 +540,9 @@ def _train(
     best, last = out / "best.pt", out / "last.pt"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose a folder")
-    if checkpoint is None and out.exists() and any(out.iterdir()):
+    if checkpoint is None and (best.exists() or last.exists()):
         raise UserError(
-            f"{out} is not empty, and may hold a run: add --resume to go on with it, or choose "
-            "another folder with --out"
+            f"{out} holds a run: add --resume to go on with it, or choose another folder with --out"
         )
 
     # The model: initial weights depend on the seed alone, wherever they end up.
@@ -580,14 +603,11 @@ def _train(
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
+    run = start_wandb(config) if config.wandb and place.main else None
     if place.main:
-        try:
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            log = Log(out, first)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written to: {error}") from error
-    else:
-        log = None
+        log = Log(out, -1 if checkpoint is None else first)
     if config.compile:
         torch._dynamo.config.cache_size_limit = 64  # one graph for each number of target patches
         model.compile(dynamic=False)
@@ -621,17 +641,22 @@ def _train(
 
     def evaluate(step: int, row: dict) -> None:
         nonlocal best_knn
-        figures = evaluation(model, masks)
+        try:
+            figures = evaluation(model, masks)
+        except ValueError as error:
+            raise UserError(f"after step {step}: {error}. {last} is from before") from error
+        epoch = step * config.batch_size / pictures
         improved = figures["knn"] > best_knn
         best_knn = max(best_knn, figures["knn"])
         if place.main:
-            log.add(step=step, epoch=step * config.batch_size / pictures, **row, **figures)
+            log.add(step=step, epoch=epoch, **row, **figures)
             log.draw(out / "curves.png")
-            save(last, state(step))
-            if improved:
+            if improved:  # first, since last.pt will say that it has been saved
                 save(best, state(step))
+            save(last, state(step))
             if run:
-                run.log({"Epoch": row.get("epoch"), **figures}, step=step)
+                names = {"Epoch": epoch, "Validation Loss": figures["val_loss"]}
+                run.log(names | figures, step=step)
         say(
             f"step {step:6d}  loss {row.get('loss', math.nan):6.4f}  held out "
             f"{figures['val_loss']:6.4f}  {evaluation.k}-NN {figures['knn']:4.1f} %  RankMe "
@@ -641,7 +666,6 @@ def _train(
         )
 
     say(describe(config, model, data, plan, place, total))
-    run = start_wandb(config) if config.wandb and place.main else None
     batches = train_batches(data, plan, range(first, total), place.device, workers)
     coming = next(batches, None)
     if coming is not None:
@@ -655,7 +679,7 @@ def _train(
                 "That is long: this recipe is meant for GPUs. On a CPU try `python train.py`, "
                 "or --model vit_nano, or a shorter run with --steps 500."
             )
-    if first == 0 and total > 0:
+    if checkpoint is None:
         evaluate(0, {})
 
     # The loop: rates, forward and backward, optimizer, moving average.
@@ -665,57 +689,57 @@ def _train(
         total=total, initial=first, disable=not place.main, unit=" steps", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )  # fmt: skip
-    for step in range(first, total):
-        lr = learning_rate(step, total, warmup, config.start_lr, config.lr, config.final_lr)
-        decay = weight_decay(step, total, config.weight_decay, config.final_weight_decay)
-        momentum = target_momentum(step, total, config.momentum, config.final_momentum)
-        set_rates(optimizer, lr, decay)
-        loss = torch.zeros((), device=place.device)
-        for micro in range(config.accum_steps):
-            loss += run_micro(coming, sync=micro == config.accum_steps - 1)
-            coming = next(batches, None)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_target(momentum)
-        losses.append(loss)
-        bar.update()
+    with bar:
+        for step in range(first, total):
+            lr = learning_rate(step, total, warmup, config.start_lr, config.lr, config.final_lr)
+            decay = weight_decay(step, total, config.weight_decay, config.final_weight_decay)
+            momentum = target_momentum(step, total, config.momentum, config.final_momentum)
+            set_rates(optimizer, lr, decay)
+            loss = torch.zeros((), device=place.device)
+            for micro in range(config.accum_steps):
+                loss += run_micro(coming, sync=micro == config.accum_steps - 1)
+                coming = next(batches, None)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_target(momentum)
+            losses.append(loss)
+            bar.update()
 
-        done = step + 1
-        at_eval = done % eval_every == 0 or done == total
-        at_save = done % config.save_every == 0
-        if done % config.log_every == 0 or at_eval or at_save:
-            # Only here does the host wait for the device.
-            recent = torch.stack(losses)
-            if place.world_size > 1:
-                dist.all_reduce(recent, dist.ReduceOp.SUM)
-                recent /= place.world_size
-            recent = recent.tolist()
-            for i, value in enumerate(recent):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"the loss is {value} at step {done - len(recent) + i + 1}: stopped. "
-                        f"{last} is from before; try a lower --lr"
-                    )
-            rate = len(losses) * config.batch_size / (time.perf_counter() - since)
-            row = {
-                "loss": sum(recent) / len(recent),
-                "lr": lr,
-                "weight_decay": decay,
-                "momentum": momentum,
-                "images_per_s": rate,
-            }
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} pictures/s")
-            epoch = done * config.batch_size / pictures
-            if run:
-                run.log({"Epoch": epoch, "Train Loss": row["loss"], **row}, step=done)
-            if at_eval:
-                evaluate(done, row)
-            elif place.main:
-                log.add(step=done, epoch=epoch, **row)
-                if at_save:
-                    save(last, state(done))
-            losses, since = [], time.perf_counter()
-    bar.close()
+            done = step + 1
+            at_eval = done % eval_every == 0 or done == total
+            at_save = done % config.save_every == 0
+            if done % config.log_every == 0 or at_eval or at_save:
+                # Only here does the host wait for the device.
+                recent = torch.stack(losses)
+                if place.world_size > 1:
+                    dist.all_reduce(recent, dist.ReduceOp.SUM)
+                    recent /= place.world_size
+                recent = recent.tolist()
+                for i, value in enumerate(recent):
+                    if not math.isfinite(value):
+                        raise UserError(
+                            f"the loss is {value} at step {done - len(recent) + i + 1}: stopped. "
+                            f"{last} is from before; try a lower --lr"
+                        )
+                rate = len(losses) * config.batch_size / (time.perf_counter() - since)
+                row = {
+                    "loss": sum(recent) / len(recent),
+                    "lr": lr,
+                    "weight_decay": decay,
+                    "momentum": momentum,
+                    "images_per_s": rate,
+                }
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} pictures/s")
+                epoch = done * config.batch_size / pictures
+                if run:
+                    run.log({"Epoch": epoch, "Train Loss": row["loss"], **row}, step=done)
+                if at_eval:
+                    evaluate(done, row)
+                elif place.main:
+                    log.add(step=done, epoch=epoch, **row)
+                    if at_save:
+                        save(last, state(done))
+                losses, since = [], time.perf_counter()
     finish(config, architecture, model, evaluation, masks, place, out, run)
 
 
@@ -736,7 +760,8 @@ def finish(config, architecture, model, evaluation, masks, place, out: Path, run
     draw_result(out / "result.png", model, evaluation, masks)
     if not place.main:
         return
-    (out / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
+    with writing(out / "result.json"):
+        (out / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
     tqdm.write("\nAccuracy on held-out pictures, %\n" + probe.format_table(rows))
     tqdm.write(f"\ncurves: {out / 'curves.png'}   pictures: {out / 'result.png'}")
     if run:

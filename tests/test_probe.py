@@ -251,14 +251,16 @@ def test_small_batches_come_to_rest_near_the_optimum():
 
 @pytest.mark.parametrize("head", probe.HEADS)
 def test_the_default_sweep_is_within_half_a_point_of_scikit_learn(head):
-    train_x, train_y, val_x, val_y, _, _ = thirds(*blobs(6000, 20, 5, distance=0.35))
+    x, y = blobs(12_000, 20, 5, distance=0.35)
+    train_x, train_y, val_x, val_y = x[:2000], y[:2000], x[2000:], y[2000:]
     oracle = []
     for decay in probe.DECAYS:
         probabilities = scikit_learn(train_x, train_y, head, decay or 1e-9)(val_x)
         oracle.append((probabilities.argmax(1) == val_y).double().mean().item())
     assert max(oracle) - min(oracle) > 0.05  # the decay matters here
     result = probe.linear_probe(train_x, train_y, val_x, val_y, heads=[head])
-    assert abs(result.best.val_mean - max(oracle)) < 0.005
+    # To stop early, at a low rate, can be better than any penalty: not more than that.
+    assert -0.005 < result.best.val_mean - max(oracle) < 0.01
     for row in result.grid:
         if row.rate == 0.3:
             assert abs(probe.mean_std(row.val)[0] - oracle[probe.DECAYS.index(row.decay)]) < 0.005
