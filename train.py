@@ -429,7 +429,7 @@ def plt_subplots(*args, **kwargs):
 def draw_result(
     path: Path, model: IJEPA, evaluation: Evaluation, masks: MaskCollator, columns: int = 8
 ) -> None:
-    """Pictures with their context and targets, and the nearest neighbours of a few pictures."""
+    """Pictures with their context and targets, and their nearest neighbours, by class name."""
     queries = evaluation.query_index[:4]
     bank = evaluation.bank_index
     found = probe.knn(
@@ -443,7 +443,7 @@ def draw_result(
     grid, patch = model.encoder.grid, model.encoder.patch_size
     context_idx, target_idx = masks.sample(len(queries), _fixed())
     pictures = evaluation.data.centre(queries).cpu()
-    figure, axes = plt_subplots(8, columns, figsize=(1.5 * columns, 12.6), layout="constrained")
+    figure, axes = plt_subplots(8, columns, figsize=(1.5 * columns, 13.4), layout="constrained")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
 
@@ -455,19 +455,20 @@ def draw_result(
             visible = visible.view(grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
             shown = torch.where(visible[..., None], shown, torch.full_like(shown, 0.75))
         axis.imshow(shown.numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title[:16], fontsize=11)
 
     for row, picture in enumerate(pictures):
         show(axes[row, 0], picture, title="picture" if row == 0 else "")
         show(axes[row, 1], picture, context_idx[row], "context" if row == 0 else "")
         for i, block in enumerate(target_idx[row][: columns - 2]):
             show(axes[row, 2 + i], picture, block, f"target {i + 1}" if row == 0 else "")
-    for row, (picture, neighbours) in enumerate(zip(pictures, found.neighbours, strict=True)):
-        show(axes[4 + row, 0], picture, title="picture" if row == 0 else "")
-        nearest = evaluation.data.centre(bank[neighbours]).cpu()
-        for i, neighbour in enumerate(nearest):
-            title = f"neighbour {i + 1}" if row == 0 else ""
-            show(axes[4 + row, 1 + i], neighbour, title=title)
+    names = next(iter(evaluation.data.classes.values()))
+    for row, (query, neighbours) in enumerate(zip(queries, bank[found.neighbours], strict=True)):
+        shown = torch.cat([query[None], neighbours])
+        pictures = evaluation.data.centre(shown).cpu()
+        for i, label in enumerate(evaluation.labels(shown).tolist()):
+            title = f"{names[label]}:" if i == 0 else names[label]
+            show(axes[4 + row, i], pictures[i], title=title)
     with writing(path):
         figure.savefig(path, dpi=110)
 
@@ -600,6 +601,11 @@ def _train(
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
     first, best_knn = 0, -1.0
     if checkpoint is not None:
+        if checkpoint["pictures"] != len(data):
+            raise UserError(
+                f"--resume: {config.data} has {len(data)} pictures, but the run in {out} began "
+                f"with {checkpoint['pictures']}: put the same pictures there"
+            )
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
@@ -633,6 +639,7 @@ def _train(
             "architecture": dataclasses.asdict(architecture),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "pictures": len(data),
             "step": step,
             "best_knn": best_knn,
             "random_state": torch.get_rng_state(),
