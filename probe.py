@@ -614,7 +614,12 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Images as features, (b, C, H, W) -> (b, C H W) on the CPU: what every encoder must beat."""
+    """Images as features, (b, C, H, W) -> (b, C H W) on the CPU: what every encoder must beat.
+
+    Images of more than 64 pixels a side are averaged down to 32: thousands of them must fit memory.
+    """
+    if max(images.shape[-2:]) > 64:
+        images = F.interpolate(images, (32, 32), mode="area")
     return images.flatten(1).float().cpu()
 
 

@@ -112,12 +112,14 @@ class TrainConfig:
     flip: bool | None = option(None, "mirror half of the pictures")
     clutter: float = option(1.0, "how busy the pictures of --data shapes are")
 
-    bf16: bool | None = option(None, "autocast to bfloat16 (default: on a GPU that has it)")
+    bf16: bool | None = option(None, "autocast to bfloat16 (default: where it pays)")
     compile: bool | None = option(None, "torch.compile (default: on a GPU)")
     workers: int | None = option(None, "processes that decode pictures (default: one a core)")
     device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
     eval_every: int | None = option(None, "steps between evaluations (default: ten a run)")
-    eval_images: int | None = option(None, "to look for neighbours among (default: 5000 on a CPU)")
+    eval_images: int | None = option(
+        None, "to look for neighbours among (default: 50000, 5000 on a CPU)"
+    )
     save_every: int = option(1000, "steps between checkpoints, beside those at evaluations")
     log_every: int = option(10, "steps between lines of log.csv")
     wandb: bool = option(False, "log to Weights & Biases as well")
@@ -260,7 +262,7 @@ class Evaluation:
         self.train_index, self.val_index = hold_out(data)
         if len(self.val_index) < 4:
             raise UserError(f"{len(data)} labelled pictures are too few: evaluation needs 40")
-        limit = config.eval_images or (5_000 if place.device.type == "cpu" else len(data))
+        limit = config.eval_images or (5_000 if place.device.type == "cpu" else 50_000)
         labelled = self.labels(self.train_index) >= 0
         self.bank_index = self.train_index[labelled][:limit]  # neighbours are among these
         self.query_index = self.val_index[: max(4, limit // 2)]
@@ -780,15 +782,24 @@ def finish(config, architecture, model, evaluation, masks, place, out: Path, run
         run.finish()
 
 
+def bf16_pays(architecture: IJEPAConfig, gpu: bool) -> bool:
+    """Whether the device has bfloat16 instructions, and the model is wide enough to gain by them.
+
+    On two CPU cores `vit_tiny` (192 wide) runs 1.7 times as fast, `vit_nano` (96) no faster.
+    """
+    if gpu:
+        return torch.cuda.is_bf16_supported()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return architecture.embed_dim >= 192 and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
 def main() -> None:
     config, architecture, checkpoint = configure()
-    has_gpu = torch.cuda.is_available() and config.device != "cpu"
-    config = dataclasses.replace(
-        config,
-        bf16=config.bf16 if config.bf16 is not None else has_gpu and torch.cuda.is_bf16_supported(),
-        compile=config.compile if config.compile is not None else has_gpu,
-    )
-    train(config, architecture, checkpoint)
+    gpu = torch.cuda.is_available() and config.device != "cpu"
+    bf16 = bf16_pays(architecture, gpu) if config.bf16 is None else config.bf16
+    compiled = gpu if config.compile is None else config.compile
+    train(dataclasses.replace(config, bf16=bf16, compile=compiled), architecture, checkpoint)
 
 
 if __name__ == "__main__":

@@ -95,14 +95,15 @@ def run(*options: str) -> tuple[list[dict], float, Path]:
 def cifar10(folder: str, steps: int = 500, batch_size: int = 64) -> None:
     """vit_tiny on a CPU: does it begin to learn?"""
     options = ("--model", "vit_tiny", "--batch-size", str(batch_size), "--steps", str(steps))
-    log, seconds, out = run(*options, "--data", folder, "--eval-every", "100")
+    options += ("--eval-every", "250", "--eval-images", "2000")
+    log, seconds, out = run(*options, "--data", folder)
     evaluated = [row for row in log if row["knn"]]
     names = {"val_loss": "loss", "knn": "20-NN (%)", "rankme": "RankMe"}
     before, after = (
         {label: float(row[name]) for name, label in names.items()}
         for row in (evaluated[0], evaluated[-1])
     )
-    command = f"python train.py {' '.join(options)} --data FOLDER --eval-every 100"
+    command = f"python train.py {' '.join(options)} --data FOLDER"
     write(
         "cifar10_cpu", command, data=DATA_OF_CIFAR, steps=steps, batch=batch_size,
         seconds=round(seconds), before=before, after=after,
@@ -223,6 +224,12 @@ DESCRIPTIONS = {
     "speed": lambda r: [
         (f"training step, `vit_tiny` 32/4, batch {r['batch']}, {kind}", f"{rate:.0f} images/s")
         for kind, rate in r["images_per_s"].items()
+    ],
+    "stream": lambda r: [
+        (
+            f"`vit_small`/16, 200 ImageNet pictures streamed, {r['steps']} steps: training loss",
+            f"{r['losses'][0]:.3f} -> {r['losses'][-1]:.3f} in {r['seconds']} s",
+        )
     ],
     "cifar10_cpu": lambda r: [
         (
