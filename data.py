@@ -107,10 +107,14 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for every set: what the released mo
 STD = (0.229, 0.224, 0.225)
 
 
+@lru_cache
+def _moments(device: torch.device) -> tuple[Tensor, Tensor]:  # once: a copy to a GPU waits for it
+    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+
+
 def normalize(pictures: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) to float32 with about zero mean and unit variance."""
-    mean = torch.tensor(MEAN, device=pictures.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=pictures.device).view(3, 1, 1)
+    mean, std = _moments(pictures.device)
     return (pictures.float() / 255 - mean) / std
 
 
@@ -135,8 +139,8 @@ class CropRandomness:
         """Crops of pictures of (B,) heights and widths: (B, 4) int64 of top, left, height, width.
 
         A share of the area in `scale` and an aspect ratio in (3/4, 4/3), uniform in its logarithm;
-        the whole picture's shorter side, centred, where ten tries do not fit. This is the
-        distribution of torchvision's RandomResizedCrop.
+        where ten tries do not fit, the largest centred crop of an allowed aspect ratio. This is
+        the distribution of torchvision's RandomResizedCrop.
         """
         area = height * width
         low, high = np.log(3 / 4), np.log(4 / 3)
@@ -274,9 +278,11 @@ def hold_out(pictures: Pictures | Folder) -> tuple[Tensor, Tensor]:
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
 NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenet")
-IN_MEMORY_SIDE = 128  # pixels: folders of pictures no larger than this are kept in memory
+IN_MEMORY_SIDE = 128  # pixels: folders of pictures no larger than this are kept in memory,
+IN_MEMORY_BYTES = 4e9  # unless they need more than this
 
 
+@lru_cache  # a million files take a while
 def scan_folder(root: Path, part: str) -> tuple[list[Path], Tensor, list[str]]:
     """Files, labels (n,) and class names of `<root>/<part>/<class>/<picture>`."""
     folder = root / part
@@ -366,7 +372,8 @@ def load_data(
     if part != "train" and classes != scan_folder(root, "train")[2]:
         raise UserError(f"the {part} pictures and {root / 'train'} have different classes")
     folder = Folder(files, {"class": labels}, {"class": classes}, img_size)
-    if img_size > IN_MEMORY_SIDE or largest_side(root) > IN_MEMORY_SIDE:
+    large = img_size > IN_MEMORY_SIDE or len(files) * 3 * img_size**2 > IN_MEMORY_BYTES
+    if large or largest_side(root) > IN_MEMORY_SIDE:
         return folder
     broken: set[str] = set()
     images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)

@@ -5,8 +5,8 @@ Architecture", CVPR 2023. Sections, equations and tables below are those of the 
 
 The idea. Hide several blocks of an image, and predict them from what is left: not their pixels,
 but their *representations*, as another network sees them. That network, the target encoder, is a
-slow-moving average of the one being trained, so there is something stable to predict, and nothing
-pays for describing what no context could foretell (the exact texture of the grass).
+slow-moving average of the one being trained: something stable to predict, which need not describe
+what no context can foretell, such as the exact texture of the grass.
 
 The algorithm, one step (Section 3; the names are those of the code):
 
@@ -18,33 +18,36 @@ The algorithm, one step (Section 3; the names are those of the code):
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
+Afterwards `target_encoder(images).mean(1)` is the representation of the images (Appendix A.1).
+
 Letters, in every shape comment of this file:
 
-    B  images in the batch            K  context patches an image, the same for all
-    H  rows of patches, W  columns    M  target blocks an image
-    N  patches an image, H * W        T  patches a target block, the same for all
+    B  images in the batch            K  context patches per image, the same for all
+    H  rows of patches, W  columns    M  target blocks per image
+    N  patches per image, H * W       T  patches per target block, the same for all
     D  width of the encoder           P  width of the predictor
-    L  layers, h  attention heads     C  channels, p  side of a patch in pixels
+    S  shapes a block can take        C  channels, p  side of a patch in pixels
 
 Where this differs from the paper (P) or from the code its authors released (R), on purpose:
 
-    D1 (P)  The loss is smooth L1 between predictions and LayerNormed targets, averaged over all
-            elements, as in R. The paper writes a squared L2 distance: `loss="l2"`.
+    D1 (P)  Targets are LayerNormed and the loss is smooth L1, the mean over all numbers, as in R.
+            The paper sums squares, without a norm; `loss="l2"` squares, but stays a mean.
     D2 (P)  Weight decay rises along a cosine, as in R; the paper says "linearly".
     D3 (R)  Blocks are placed uniformly over every position, the last row and column included, and
-            so is the context block. R never shows the last row and column to anyone, and keeps
-            the context block in the top left corner.
+            so is the context block. In R the last row and column are never context nor target,
+            and the context block stays in the top left corner.
     D4 (R)  Scale and aspect ratio of a block are drawn independently; R sets both from one number.
-    D5 (R)  The context has K patches whatever the batch size; what is too many is dropped at
+    D5 (P,R) The context has K patches whatever the batch size; what is too many is dropped at
             random. R cuts every mask of a batch to the shortest one and keeps the first patches
-            in raster order: the context loses its lower half, and more so in larger batches.
+            in raster order: the context loses its lower part, and more so in larger batches.
     D6 (R)  Context and targets never overlap; an image whose targets leave too little is drawn
             again (which favours targets that overlap, slightly). R gives up after 20 draws and
-            lets them into the context. Settings that half of the draws fail are refused.
-    D7 (R)  The residual branches of layer l start 1/sqrt(2 l) smaller. R means to, and then
-            initializes a second time without.
+            lets them into the context. Settings where half of the draws fail are refused.
+    D7 (R)  The output weights of the branches of layer l are divided by sqrt(2 l). R means to,
+            and then initializes a second time without.
     D8 (R)  Positions are evaluated for the grid at hand, so other image sizes and non-square
             images work. R interpolates, on the assumption of a class token that is not there.
+    D9 (R)  Warm-up as in the paper: 15 epochs from 1e-4. R has 40 from 2e-4.
 """
 
 import copy
@@ -91,7 +94,7 @@ class IJEPAConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0  # of the encoder; the predictor's is 4
     predictor_dim: int = 384  # P: narrow on purpose (Table 14)
-    predictor_depth: int = 6  # Table 12
+    predictor_depth: int = 6  # 6 for ViT-B, 12 for L and H, 16 for G; deeper is better (Table 12)
     predictor_heads: int = 12  # as many as the encoder (Appendix A.1)
     target: str = "representation"  # or "pixels", to see what is lost (Table 7)
     target_mask: str = "output"  # or "input": the target encoder sees one block alone (Table 11)
@@ -118,7 +121,7 @@ class IJEPAConfig:
             raise ValueError("target 'pixels' has no layers to average and no input to mask")
 
 
-# ----------------------------------------------------------------- positions and tokens (Sec. 3)
+# ------------------------------------------- positions (the paper leaves them open: R's) and tokens
 
 
 def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Tensor:
@@ -151,8 +154,7 @@ def take(tokens: Tensor, idx: Tensor) -> Tensor:
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Images as patches of pixels: (B, C, H p, W p) -> (B, N, p p C)."""
-    sides = {"p1": patch_size, "p2": patch_size}
-    return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", **sides)
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 # ------------------------------------------------------------------- Vision Transformer (Sec. 3)
@@ -186,7 +188,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the transformer; both branches read a normalized copy and add to the stream."""
+    """One layer: each branch reads a normalized copy of x and adds its result to x."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_eps: float):
         super().__init__()
@@ -268,8 +270,12 @@ class ViT(nn.Module):
             x = take(x, keep)  # (B, K, D)
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"the last {n} layers of {len(self.blocks)}: choose 1 or more of them")
-        outputs = [x := block(x) for block in self.blocks]
-        return [self.norm(x) for x in outputs[-n:]]
+        outputs = []
+        for layer, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if layer > len(self.blocks) - n:
+                outputs.append(self.norm(x))
+        return outputs
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, H p, W p) and optionally (B, K) -> (B, N, D) or (B, K, D)."""
@@ -307,7 +313,7 @@ class Predictor(nn.Module):
         context = self.predictor_embed(context) + self.predictor_pos_embed[context_idx]  # (B, K, P)
         queries = self.mask_token + self.predictor_pos_embed[target_idx]  # (B, M, T, P)
 
-        context = repeat(context, "b k p -> (b m) k p", m=blocks)  # from here B M rows: see above
+        context = repeat(context, "b k p -> (b m) k p", m=blocks)  # a row per image and block
         queries = rearrange(queries, "b m t p -> (b m) t p")
         x = torch.cat([context, queries], dim=1)  # (B M, K+T, P)
         for block in self.predictor_blocks:
@@ -354,10 +360,9 @@ def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Te
 class MaskCollator:
     """Draws which patches are context and which are targets, for a whole batch at once.
 
-    Multi-block (Section 3): M rectangles of one shape, drawn anew for each batch and placed
-    anywhere, independently for each block and image; and from a large context block all that no
-    target covers, thinned at random to K patches (D3 to D6). Sizes are equal within a batch, so
-    that the masks are plain index tensors.
+    Multi-block (Section 3): M rectangles, of one shape per batch, each placed at random; the
+    context is a large block without the targets, reduced at random to K patches (D3 to D6). Sizes
+    are equal within a batch, so that the masks are plain index tensors.
 
     Args:
         grid: patches, a side or (rows, columns).
@@ -365,8 +370,8 @@ class MaskCollator:
         num_targets: M.
         target_scale, context_scale: range of a block's area, as a share of the grid.
         target_aspect: range of height by width, relative to the grid's own.
-        context_size: K; by default as much as nearly every draw leaves, and for `multiblock` at
-            most a quarter of the grid (the average that Table 6 gives).
+        context_size: K; by default what nine in ten draws leave, and for `multiblock` at most a
+            quarter of the grid (the average that Table 6 gives).
     Raises:
         ValueError: for settings that cannot be met on this grid, with the reason.
     """
@@ -413,16 +418,16 @@ class MaskCollator:
         self.context_size = self._choose_context_size(context_size, share)
 
     def _choose_context_size(self, wanted: int | None, share: float) -> int:
-        """K: `wanted`, if half of all draws leave it at the least; else what nine in ten leave."""
+        """K: `wanted`, if at least half of all draws leave it; by default what 9 in 10 leave."""
         largest = max(self.target_shapes.tolist(), key=math.prod)
         _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
-        left = free.sum(1).sort().values  # how much 1,000 draws leave beside the largest targets
-        size = min(int(left[100]), round(share * self.num_patches)) if wanted is None else wanted
-        if not 1 <= size <= left[500]:
+        spare = free.sum(1).sort().values  # what 1,000 draws leave beside the largest targets
+        size = min(int(spare[100]), round(share * self.num_patches)) if wanted is None else wanted
+        if not 1 <= size <= spare[500]:
             raise ValueError(
                 f"a context of {size} patches beside {self.num_targets} targets of up to "
                 f"{largest[0]}x{largest[1]} on a {self.grid[0]}x{self.grid[1]} grid: half of the "
-                f"draws leave {left[500]} or fewer. Lower the context size, or the targets' scale"
+                f"draws leave {spare[500]} or fewer. Lower the context size, or the targets' scale"
             )
         return size
 
@@ -466,11 +471,11 @@ class MaskCollator:
         pick = int(torch.randint(len(self.target_shapes), (1,), generator=generator))
         shape = self.target_shapes[pick].tolist()
         targets, free = self._draw(batch_size, shape, generator)
-        for _ in range(1000):  # each round mends at least about half of them
-            short = (free.sum(1) < self.context_size).nonzero()[:, 0]
-            if not len(short):
+        for _ in range(1000):  # about half of them at the least succeed in each round
+            failed = (free.sum(1) < self.context_size).nonzero()[:, 0]
+            if not len(failed):
                 break
-            targets[short], free[short] = self._draw(len(short), shape, generator)
+            targets[failed], free[failed] = self._draw(len(failed), shape, generator)
         else:
             raise RuntimeError(f"no masks with {self.context_size} context patches in 1000 draws")
         # K of the free patches, every subset equally likely: the K largest of random numbers.
@@ -505,7 +510,7 @@ class IJEPA(nn.Module):
         # Starts as a copy, then follows slowly (`update_target`); it is never trained itself.
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
-    @torch.no_grad()  # the targets are given: without this, the way to agree is to say nothing
+    @torch.no_grad()  # otherwise a constant output would be the easiest solution
     def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
         """What there is to predict: (B, C, H p, W p) and (B, M, T) -> (B, M, T, D).
 
@@ -518,9 +523,8 @@ class IJEPA(nn.Module):
         elif self.config.target_mask == "output":
             layers = self.target_encoder.last_layers(images, n)  # each (B, N, D)
         else:  # one pass for each block, which is all that it sees (Appendix C)
-            copies = repeat(images, "b c h w -> (b m) c h w", m=blocks)
-            keep = rearrange(target_idx, "b m t -> (b m) t")
-            layers = self.target_encoder.last_layers(copies, n, keep)
+            copies = images.repeat_interleave(blocks, dim=0)  # (B M, C, H p, W p)
+            layers = self.target_encoder.last_layers(copies, n, keep=target_idx.flatten(0, 1))
         # Without learned scale and shift: a target cannot be made easy by making it small.
         x = torch.stack([F.layer_norm(x, x.shape[-1:]) for x in layers]).mean(0)
         if self.config.target_mask == "input":
@@ -590,8 +594,7 @@ class IJEPA(nn.Module):
 
 
 # ------------------------------------------------------------ schedules and optimizer (App. A.1)
-#
-# Plain functions of the step, counted from 0, so that to resume is to know the step.
+# Functions of the step alone, counted from 0, so that resuming needs only the step.
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -615,7 +618,7 @@ def weight_decay(step: int, total: int, start: float, end: float) -> float:
 
 
 def target_momentum(step: int, total: int, start: float, end: float) -> float:
-    """Linear from `start` to `end`: the target encoder comes to rest."""
+    """Linear from `start` to `end`, where the target encoder stops moving."""
     return start + (end - start) * step / total
 
 
@@ -640,10 +643,10 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained unless told otherwise. The defaults are those of Appendix A.1."""
+    """How a model is trained unless told otherwise. Defaults: Appendix A.1, epochs of Table 1."""
 
     data: str = "imagenet"
-    batch_size: int = 2048  # images an optimizer step
+    batch_size: int = 2048  # images per optimizer step
     epochs: int = 300
     warmup_epochs: float = 15
     start_lr: float = 1e-4
@@ -667,7 +670,7 @@ def _model(img, patch, dim, depth, heads, p_dim, p_depth, recipe, **more) -> Mod
     return Model(IJEPAConfig(img, patch, 3, dim, depth, heads, **predictor, **more), recipe)
 
 
-# No paper trains these: ours.
+# Not from a paper: our own.
 _NANO = Recipe("shapes", 64, 5, 0.25, final_lr=1e-5, final_weight_decay=0.04,
                momentum=0.997, crop_scale=(1.0, 1.0), flip=True)  # fmt: skip
 _CIFAR = Recipe("cifar10", batch_size=512)
@@ -680,5 +683,6 @@ MODELS = {
     "vit_base": _model(224, 16, 768, 12, 12, 384, 6, Recipe(epochs=600)),
     "vit_large": _model(224, 16, 1024, 24, 16, 384, 12, Recipe(epochs=600)),
     "vit_huge": _model(224, 14, 1280, 32, 16, 384, 12, Recipe(epochs=300)),
+    # The paper trains it on ImageNet-22k, as long as 600 epochs of ImageNet-1k (Table 5).
     "vit_giant": _model(224, 16, 1408, 40, 16, 384, 16, Recipe(epochs=600), mlp_ratio=48 / 11),
 }

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ from ijepa import (
     STRATEGIES,
     IJEPAConfig,
     MaskCollator,
+    Range,
     Recipe,
     learning_rate,
     parameter_groups,
@@ -61,8 +63,6 @@ from ijepa import (
     target_momentum,
     weight_decay,
 )
-
-Range = tuple[float, float]
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -125,7 +125,7 @@ class TrainConfig:
     wandb: bool = option(False, "log to Weights & Biases as well")
 
 
-# These may change when a run is resumed: they do not change what is computed.
+# These may change when a run is resumed: they change what is computed by rounding at most.
 FREE = {
     "data_dir", "out", "resume", "accum_steps", "bf16", "compile", "workers", "device",
     "eval_every", "eval_images", "save_every", "log_every", "wandb",
@@ -153,9 +153,18 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
     if config.epochs is not None and config.warmup_epochs is None:
         filled["warmup_epochs"] = recipe.warmup_epochs * config.epochs / recipe.epochs
     config = dataclasses.replace(config, **filled)
+    if "clutter" in given and config.data != "shapes":
+        raise UserError(f"--clutter is for --data shapes, not for {config.data}")
+    for name in ("momentum", "final_momentum"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
+    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+        raise UserError("--crop-scale takes two shares of the picture, 0 < low <= high <= 1")
     for name, least in LEAST.items():
         if (value := getattr(config, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    if {"epochs", "steps"} <= given:
+        raise UserError("--epochs and --steps contradict each other: give one")
     try:
         if checkpoint is not None:
             return config, IJEPAConfig(**checkpoint["architecture"]), checkpoint
@@ -229,16 +238,21 @@ def placed(device: str | None) -> Iterator[Place]:
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here; leave the option out")
     if world_size == 1:
+        if kind.startswith("cuda:"):
+            torch.cuda.set_device(kind)
         yield Place(0, 1, torch.device(kind))
         return
-    if kind == "cuda":
-        kind = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(kind)
-    dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-    try:
-        yield Place(rank, world_size, torch.device(kind))
-    finally:
-        dist.destroy_process_group()
+    if kind.startswith("cuda:"):
+        raise UserError(f"--device {kind}: torchrun gives each process a GPU; leave the option out")
+    gpu = None
+    if kind.startswith("cuda"):
+        gpu = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(gpu)
+    # Others wait while the main process downloads, reads a million files, or saves.
+    patience = timedelta(hours=2)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
+    yield Place(rank, world_size, gpu or torch.device("cpu"))
+    dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
 def main_first(place: Place, function):
@@ -283,15 +297,13 @@ class Evaluation:
         part = probe.pooled_features(encoder, self.batches(index[rank::world]))
         if world == 1:
             return part
-        parts = [None] * world
-        dist.all_gather_object(parts, part)
-        gathered = torch.empty(len(index), part.shape[1])
-        for other, features in enumerate(parts):
-            gathered[other::world] = features
-        return gathered
+        gathered = torch.zeros(len(index), part.shape[1], device=self.place.device)
+        gathered[rank::world] = part.to(gathered)
+        dist.all_reduce(gathered)
+        return gathered.cpu()
 
     @torch.no_grad()
-    def loss(self, model: IJEPA, masks: MaskCollator) -> float:
+    def loss(self, model: IJEPA, masks: MaskCollator, bf16: bool) -> float:
         """Mean loss over held-out pictures, with masks that are the same at every evaluation."""
         index = self.query_index[:1024]
         masks = masks.sample(len(index), _fixed())
@@ -301,20 +313,22 @@ class Evaluation:
             if i % self.place.world_size == self.place.rank:
                 images = next(self.batches(part))
                 masks = (x.to(images.device) for x in (context_idx, target_idx))
-                total += model(images, *masks).double().cpu() * len(part)
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                    loss = model.forward(images, *masks)  # not the compiled form: other shapes
+                total += loss.double().cpu() * len(part)
         if self.place.world_size > 1:
             total = total.to(self.place.device)
             dist.all_reduce(total)
         return float(total) / len(index)
 
-    def __call__(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
+    def __call__(self, model: IJEPA, masks: MaskCollator, bf16: bool) -> dict[str, float]:
         """Held-out loss, and of the target encoder: kNN accuracy, RankMe and feature spread."""
         bank = self.features(model.target_encoder, self.bank_index)
         queries = self.features(model.target_encoder, self.query_index)
         prediction = probe.knn(bank, self.labels(self.bank_index), queries, k=self.k)
         correct = prediction.weighted == self.labels(self.query_index)
         return {
-            "val_loss": self.loss(model, masks),
+            "val_loss": self.loss(model, masks, bf16),
             "knn": 100 * correct.double().mean().item(),
             "rankme": probe.rankme(queries),
             "feature_std": probe.feature_std(queries),
@@ -381,7 +395,8 @@ class Log:
         rows = []
         if self.path.exists():  # what was logged after the checkpoint will be logged again
             with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]
+            rows = [row for row in whole if int(row["step"]) <= first_step]
         self.rows = rows
         with writing(self.path), open(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -478,7 +493,7 @@ def draw_result(
 # -------------------------------------------------------------------------------------- the run
 
 
-def describe(config: TrainConfig, model: IJEPA, data, plan: Plan, place: Place, total: int) -> str:
+def describe(config, model: IJEPA, data, plan: Plan, place: Place, total: int, how: str) -> str:
     """What is about to happen, in a few lines."""
     size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     predictor = sum(p.numel() for p in model.predictor.parameters()) / 1e6
@@ -494,8 +509,7 @@ def describe(config: TrainConfig, model: IJEPA, data, plan: Plan, place: Place, 
             f"{len(data) - len(plan.index)} held out, {kind}, {model.config.img_size} pixels",
             f"masks    {masks.strategy} on {rows}x{columns} patches: context {masks.context_size}, "
             f"{masks.num_targets} target(s)",
-            f"device   {where}, {'bfloat16 autocast' if config.bf16 else 'float32'}, "
-            f"{'compiled' if config.compile else 'not compiled'}",
+            f"device   {where}, {how}",
             f"batch    {config.batch_size} pictures = {split} x {plan.micro_batch}",
             f"run      {total} steps ({total * config.batch_size / len(plan.index):.1f} epochs), "
             f"seed {config.seed}, in {config.out}",
@@ -508,8 +522,8 @@ def step_seconds(run_micro, batch: Batch, place: Place, accum_steps: int, small:
     images, context_idx, target_idx = batch.images, batch.context_idx, batch.target_idx
     scale = 1.0
     if small:
-        scale = len(images) / 2
         images, context_idx, target_idx = images[:2], context_idx[:2], target_idx[:2]
+        scale = len(batch.images) / len(images)
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -537,6 +551,9 @@ def _train(
 ) -> None:
     say = tqdm.write if place.main else (lambda *_: None)
     cuda = place.device.type == "cuda"
+    bf16 = bf16_pays(architecture, cuda) if config.bf16 is None else config.bf16
+    compiled = cuda if config.compile is None else config.compile
+    fresh = checkpoint is None
     if cuda:
         torch.set_float32_matmul_precision("high")
     out = Path(config.out)
@@ -575,7 +592,8 @@ def _train(
     )
     workers = config.workers
     if workers is None:  # the cores of this machine, shared by its processes
-        workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        workers = max(1, len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     evaluation = Evaluation(config, data, place, workers)
     parts = place.world_size * config.accum_steps
     if config.batch_size % parts:
@@ -609,15 +627,19 @@ def _train(
                 f"with {checkpoint['pictures']}: put the same pictures there"
             )
         model.load_state_dict(checkpoint["model"])
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = cuda  # a run may be resumed on another device
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
+        checkpoint.clear()  # as large as the run itself
     run = start_wandb(config) if config.wandb and place.main else None
     if place.main:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, -1 if checkpoint is None else first)
-    if config.compile:
-        torch._dynamo.config.cache_size_limit = 64  # one graph for each number of target patches
+        log = Log(out, -1 if fresh else first)
+    if compiled:  # a graph for each number of target patches, with gradients and without
+        sizes = {height * width for height, width in masks.target_shapes.tolist()}
+        torch._dynamo.config.cache_size_limit = 2 * len(sizes) + 2
         model.compile(dynamic=False)
     wrapped = model
     if place.world_size > 1:
@@ -629,7 +651,7 @@ def _train(
         """Forward and backward of one micro-batch; gradients add up over the micro-batches."""
         no_sync = contextlib.nullcontext() if sync or wrapped is model else wrapped.no_sync()
         with no_sync:
-            with torch.autocast(place.device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
                 loss = wrapped(batch.images, batch.context_idx, batch.target_idx)
             (loss / config.accum_steps).backward()
         return loss.detach() / config.accum_steps
@@ -651,7 +673,7 @@ def _train(
     def evaluate(step: int, row: dict) -> None:
         nonlocal best_knn
         try:
-            figures = evaluation(model, masks)
+            figures = evaluation(model, masks, bf16)
         except ValueError as error:
             raise UserError(f"after step {step}: {error}. {last} is from before") from error
         epoch = step * config.batch_size / pictures
@@ -674,7 +696,8 @@ def _train(
             )
         )
 
-    say(describe(config, model, data, plan, place, total))
+    how = f"{'bfloat16 autocast' if bf16 else 'float32'}, {'' if compiled else 'not '}compiled"
+    say(describe(config, model, data, plan, place, total, how))
     batches = train_batches(data, plan, range(first, total), place.device, workers)
     coming = next(batches, None)
     if coming is not None:
@@ -688,7 +711,7 @@ def _train(
                 "That is long: this recipe is meant for GPUs. On a CPU try `python train.py`, "
                 "or --model vit_nano, or a shorter run with --steps 500."
             )
-    if checkpoint is None:
+    if fresh:
         evaluate(0, {})
 
     # The loop: rates, forward and backward, optimizer, moving average.
@@ -788,18 +811,14 @@ def bf16_pays(architecture: IJEPAConfig, gpu: bool) -> bool:
     On two CPU cores `vit_tiny` (192 wide) runs 1.7 times as fast, `vit_nano` (96) no faster.
     """
     if gpu:
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return architecture.embed_dim >= 192 and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def main() -> None:
-    config, architecture, checkpoint = configure()
-    gpu = torch.cuda.is_available() and config.device != "cpu"
-    bf16 = bf16_pays(architecture, gpu) if config.bf16 is None else config.bf16
-    compiled = gpu if config.compile is None else config.compile
-    train(dataclasses.replace(config, bf16=bf16, compile=compiled), architecture, checkpoint)
+    train(*configure())
 
 
 if __name__ == "__main__":

@@ -1515,6 +1515,12 @@ def test_default_masks_fit_every_model(name):
 # ------------------------------------------------------------------------------------ deviations
 
 
+def test_deviation_d9_warm_up_as_in_the_paper():
+    for name in ("vit_base", "vit_large", "vit_huge", "vit_giant"):
+        recipe = MODELS[name].recipe
+        assert (recipe.warmup_epochs, recipe.start_lr, recipe.lr) == (15, 1e-4, 1e-3)
+
+
 def test_every_deviation_in_the_docstring_has_a_test():
     numbered = set(re.findall(r"^ +D(\d+) \([PR]", ijepa.__doc__, flags=re.MULTILINE))
     tested = {m[1] for name in globals() if (m := re.match(r"test_deviation_d(\d+)_", name))}

@@ -407,7 +407,7 @@ import torch, torch.distributed as dist
 import train
 torch.set_num_threads(1)
 join, leave = dist.init_process_group, dist.destroy_process_group
-dist.init_process_group = lambda *args: dist.is_initialized() or join(*args)
+dist.init_process_group = lambda *a, **kw: dist.is_initialized() or join(*a, **kw)
 dist.destroy_process_group = lambda: None  # one group for all runs: to join again takes a new port
 train.Log.draw = lambda *_: None
 save = train.save
@@ -841,6 +841,7 @@ def test_resume_with_pictures_of_another_size_keeps_the_architecture(tmp_path, c
     shutil.rmtree(root)
     make_folder(root, side=50)  # for a new run it would be 96, 8
     data.default_sizes.cache_clear()  # a new process
+    data.scan_folder.cache_clear()
     run(out, *options, "--resume")
     assert load(out)["architecture"] == before
 
@@ -850,6 +851,7 @@ def test_resume_with_another_number_of_pictures_is_refused(tmp_path, capsys):
     options = ["--data", str(root), *SMALL, *HERE]
     run(out, *options, kill_at=0)
     next((root / "train").rglob("*.png")).unlink()
+    data.scan_folder.cache_clear()  # a new process
     said = fails(capsys, "--out", out, *options, "--resume")
     assert re.search(r"89 pictures.* 90", said) and str(out) in said
 

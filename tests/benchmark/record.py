@@ -3,7 +3,7 @@
     python tests/benchmark/record.py demo      three seeds of `python train.py`: a quarter hour
     python tests/benchmark/record.py masks     cost of the mask sampler
     python tests/benchmark/record.py speed     images/s of a training step of vit_tiny
-    python tests/benchmark/record.py cifar10 FOLDER   500 steps of vit_tiny on a folder of CIFAR-10
+    python tests/benchmark/record.py cifar10 FOLDER [OPTIONS]   500 steps of vit_tiny on CIFAR-10
     python tests/benchmark/record.py stream FOLDER    20 steps of vit_small/16 at 224 pixels
     python tests/benchmark/record.py readme    copy the recorded figures into README.md
 
@@ -92,10 +92,10 @@ def run(*options: str) -> tuple[list[dict], float, Path]:
         return list(csv.DictReader(file)), seconds, folder
 
 
-def cifar10(folder: str, steps: int = 500, batch_size: int = 64) -> None:
-    """vit_tiny on a CPU: does it begin to learn?"""
+def cifar10(folder: str, *more: str, steps: int = 500, batch_size: int = 64) -> None:
+    """vit_tiny on a CPU, with further options of train.py: does it begin to learn?"""
     options = ("--model", "vit_tiny", "--batch-size", str(batch_size), "--steps", str(steps))
-    options += ("--eval-every", "250", "--eval-images", "2000")
+    options += ("--eval-every", "250", "--eval-images", "2000", *more)
     log, seconds, out = run(*options, "--data", folder)
     evaluated = [row for row in log if row["knn"]]
     names = {"val_loss": "loss", "knn": "20-NN (%)", "rankme": "RankMe"}
@@ -105,7 +105,8 @@ def cifar10(folder: str, steps: int = 500, batch_size: int = 64) -> None:
     )
     command = f"python train.py {' '.join(options)} --data FOLDER"
     write(
-        "cifar10_cpu", command, data=DATA_OF_CIFAR, steps=steps, batch=batch_size,
+        "_".join(("cifar10_cpu", *more)).replace("--", ""), command,
+        data=DATA_OF_CIFAR, steps=steps, batch=batch_size, options=" ".join(more),
         seconds=round(seconds), before=before, after=after,
         rows=json.loads((out / "result.json").read_text()),
     )  # fmt: skip
