@@ -57,6 +57,7 @@ from ijepa import (
     MaskCollator,
     Range,
     Recipe,
+    grid_of,
     learning_rate,
     parameter_groups,
     set_rates,
@@ -565,13 +566,16 @@ def _train(
             f"{out} holds a run: add --resume to go on with it, or choose another folder with --out"
         )
 
-    # The model: initial weights depend on the seed alone, wherever they end up.
-    torch.manual_seed(config.seed)
-    model = IJEPA(architecture).to(place.device)
-    grid = model.encoder.grid
+    # What can be refused is refused before anything large is read or built.
+    parts = place.world_size * config.accum_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"a batch of {config.batch_size} does not divide into {place.world_size} process(es) "
+            f"x {config.accum_steps} micro-batch(es)"
+        )
     try:
         masks = MaskCollator(
-            grid,
+            grid_of(architecture.img_size, architecture.patch_size),
             config.masks,
             num_targets=config.num_targets,
             target_scale=config.target_scale,
@@ -595,12 +599,6 @@ def _train(
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         workers = max(1, len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     evaluation = Evaluation(config, data, place, workers)
-    parts = place.world_size * config.accum_steps
-    if config.batch_size % parts:
-        raise UserError(
-            f"a batch of {config.batch_size} does not divide into {place.world_size} process(es) "
-            f"x {config.accum_steps} micro-batch(es)"
-        )
     plan = Plan(
         seed=config.seed,
         index=evaluation.train_index,
@@ -617,7 +615,9 @@ def _train(
     warmup = round(total * config.warmup_epochs / config.epochs)
     eval_every = config.eval_every or math.ceil(total / 10)
 
-    # The optimizer, and what a checkpoint brings.
+    # The model, whose initial weights depend on the seed alone; and what a checkpoint brings.
+    torch.manual_seed(config.seed)
+    model = IJEPA(architecture).to(place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
     first, best_knn = 0, -1.0
     if checkpoint is not None:
