@@ -1,5 +1,7 @@
 """Every command of the README is run, shortened, and what it says of the files is checked."""
 
+import importlib
+import json
 import os
 import re
 import shlex
@@ -116,3 +118,21 @@ def test_every_option_that_the_readme_names_exists():
         word for command in COMMANDS for word in command.split() if word.startswith("--")
     }
     assert named - options <= {"--help", "--nproc_per_node"}
+
+
+def test_the_figures_are_the_recorded_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmark"))
+    record = importlib.import_module("record")
+    for name, lines in (("demo", record.demo_lines()), ("measured", record.measured_lines())):
+        block = "\n".join(lines)
+        assert f"<!-- {name} figures -->\n{block}\n<!-- end of {name} -->" in README
+
+
+def test_the_demo_shows_that_something_was_learned():
+    """Of the recorded runs: 15 points above pixels and the untrained encoder, in five minutes."""
+    demo = json.loads((ROOT / "results" / "demo.json").read_text())
+    assert len(demo["runs"]) >= 3
+    for run in demo["runs"]:
+        assert run["seconds"] < 300
+        linear = {row["features"]: row["linear"] for row in run["rows"] if row["task"] == "kind"}
+        assert linear["trained"] > 15 + max(linear["untrained"], linear["raw pixels"])

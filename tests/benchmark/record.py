@@ -209,8 +209,8 @@ def measured_lines() -> list[str]:
         lines.append(f"| {what} | {figure} | {how} |")
 
     for name, describe in DESCRIPTIONS.items():
-        if (RESULTS / f"{name}.json").exists():
-            of = record(name)
+        for path in sorted(RESULTS.glob(f"{name}*.json")):
+            of = record(path.stem)
             for what, figure in describe(of):
                 row(what, figure, of)
     lines += [f"| {what} | not measured | |" for what in NOT_MEASURED]
@@ -234,10 +234,12 @@ DESCRIPTIONS = {
     ],
     "cifar10_cpu": lambda r: [
         (
-            f"`vit_tiny`, {r['data']}, {r['steps']} steps of {r['batch']}: held-out {name}",
-            f"{r['before'][name]:.4g} -> {r['after'][name]:.4g}",
+            f"`vit_tiny`, {r['data']}, {r['steps']} steps of {r['batch']} {r.get('options', '')}",
+            ", ".join(
+                f"{name} {before:.3g} -> {r['after'][name]:.3g}"
+                for name, before in r["before"].items()
+            ),
         )
-        for name in r["before"]
     ],
 }
 DATA_OF_CIFAR = "CIFAR-10 (JPEG copy)"  # altered pixels: 2 to 3 points less than the original
