@@ -227,12 +227,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer without a class token: context encoder and target encoder (Section 3).
 
-    Args:
-        img_size: pixels, a side or (height, width); sets the grid that positions are scaled to.
-        patch_size: pixels.
-        embed_dim, depth, num_heads, mlp_ratio, in_chans, norm_eps, init_std: see `IJEPAConfig`.
-
-    Parameters carry the names of timm and of the released code.
+    The arguments are fields of `IJEPAConfig`; the parameters have timm's and the released names.
     """
 
     def __init__(
@@ -383,24 +378,19 @@ class MaskCollator:
     ):  # fmt: skip
         if strategy not in STRATEGIES:
             raise ValueError(f"mask strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        default_targets, default_scale, default_context, share = STRATEGIES[strategy]
+        targets, scale, context, share = STRATEGIES[strategy]
         self.strategy = strategy
         self.grid = rows, columns = pair(grid)
         self.num_patches = rows * columns
-        self.num_targets = default_targets if num_targets is None else num_targets
-        target_scale, context_scale = (
-            target_scale or default_scale,
-            context_scale or default_context,
-        )
+        self.num_targets = targets if num_targets is None else num_targets
+        target_scale = target_scale or scale
+        context_scale = context_scale or context
         if min(rows, columns, self.num_targets) < 1:
             raise ValueError(f"{self.num_targets} targets on a grid of {rows}x{columns} patches")
-        for name, (low, high), top in (
-            ("target_scale", target_scale, 1.0),
-            ("context_scale", context_scale, 1.0),
-            ("target_aspect", target_aspect, math.inf),
-        ):
-            if not 0 < low <= high <= top:
-                raise ValueError(f"{name} {low, high}: need 0 < low <= high <= {top}")
+        ranges = {"target_scale": target_scale, "context_scale": context_scale}
+        for name, (low, high) in (ranges | {"target_aspect": target_aspect}).items():
+            if not 0 < low <= high <= (1 if name in ranges else math.inf):
+                raise ValueError(f"{name} {low, high}: need 0 < low <= high, of a scale up to 1")
 
         if strategy == "rasterized":
             if rows % 2 or columns % 2 or (self.num_targets, *target_scale) != (3, 0.25, 0.25):
@@ -602,9 +592,7 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def learning_rate(
-    step: int, total: int, warmup: int, start: float, peak: float, final: float
-) -> float:
+def learning_rate(step: int, total: int, warmup: int, start: float, peak: float, final: float):
     """Linear from `start` to `peak` over `warmup` steps, then along a cosine to `final`."""
     done = step + 1  # the last step of the warm-up runs at the peak, the last of all at the end
     if done < warmup:
