@@ -101,7 +101,7 @@ class IJEPAConfig:
     target_layers: int = 1  # average the last n layers; more than 1 is not in the paper
     loss: str = "smooth_l1"  # or "l2" (D1)
     norm_eps: float = 1e-6
-    init_std: float = 0.02  # of all weight matrices; narrow networks start better with more
+    init_std: float = 0.02  # of all weights; narrow networks do better with 0.64 / sqrt(D)
 
     def __post_init__(self):
         grid_of(self.img_size, self.patch_size)
@@ -666,8 +666,8 @@ _CIFAR = Recipe("cifar10", batch_size=512)
 MODELS = {
     #                  image patch     D layers heads    P layers
     "vit_nano": _model(48, 8, 96, 4, 3, 48, 2, _NANO, init_std=0.06),
-    "vit_tiny": _model(32, 4, 192, 12, 3, 96, 4, _CIFAR),
-    "vit_small": _model(32, 4, 384, 12, 6, 192, 6, _CIFAR),
+    "vit_tiny": _model(32, 4, 192, 12, 3, 96, 4, _CIFAR, init_std=0.046),
+    "vit_small": _model(32, 4, 384, 12, 6, 192, 6, _CIFAR, init_std=0.033),
     "vit_base": _model(224, 16, 768, 12, 12, 384, 6, Recipe(epochs=600)),
     "vit_large": _model(224, 16, 1024, 24, 16, 384, 12, Recipe(epochs=600)),
     "vit_huge": _model(224, 14, 1280, 32, 16, 384, 12, Recipe(epochs=300)),
