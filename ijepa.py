@@ -121,7 +121,7 @@ class IJEPAConfig:
             raise ValueError("target 'pixels' has no layers to average and no input to mask")
 
 
-# ------------------------------------------- positions (the paper leaves them open: R's) and tokens
+# ------------------------------------------ positions (as released; the paper is silent) and tokens
 
 
 def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Tensor:
@@ -150,11 +150,6 @@ def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Te
 def take(tokens: Tensor, idx: Tensor) -> Tensor:
     """The tokens at the given places: (B, N, D) and (B, K) -> (B, K, D)."""
     return tokens.gather(1, repeat(idx, "b k -> b k d", d=tokens.shape[-1]))
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Images as patches of pixels: (B, C, H p, W p) -> (B, N, p p C)."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 # ------------------------------------------------------------------- Vision Transformer (Sec. 3)
@@ -509,7 +504,8 @@ class IJEPA(nn.Module):
         """
         blocks, n = target_idx.shape[1], self.config.target_layers
         if self.config.target == "pixels":
-            layers = [patchify(images, self.config.patch_size)]
+            p = self.config.patch_size
+            layers = [rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)]
         elif self.config.target_mask == "output":
             layers = self.target_encoder.last_layers(images, n)  # each (B, N, D)
         else:  # one pass for each block, which is all that it sees (Appendix C)
@@ -622,8 +618,7 @@ def parameter_groups(model: IJEPA) -> list[dict]:
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Learning rate and weight decay of the coming step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        group.update(lr=lr, weight_decay=weight_decay if group["decays"] else 0.0)
 
 
 # --------------------------------------------------------------------------- models and recipes
