@@ -638,19 +638,19 @@ def narrow(train_x: Tensor, *others: Tensor, width: int = 512) -> list[Tensor]:
 def compare(
     features: dict[str, Sequence[Tensor]], labels: dict[str, Sequence[Tensor]], k: int = 20
 ) -> list[dict]:
-    """20-NN and linear probe of several representations on several tasks.
+    """kNN and linear probe of several representations on several tasks.
+
+    The linear probe is a small one, batch norm and linear, for the end of a training run; features
+    of more than 1,024 numbers are made `narrow` for it.
 
     Args:
         features: name -> three tensors (n, F): to learn from, to choose the probe's settings on,
             to report on.
         labels: task -> three tensors (n,) int64.
         k: neighbours.
-    The linear probe is a small one, batch norm and linear, for the end of a training run; features
-    of more than 1,024 numbers are made `narrow` for it.
-
     Returns:
-        One dict for each pair: features, task, knn, linear, linear_std (accuracies in percent),
-        chance (the share of the most frequent class) and the probe's chosen setting.
+        One dict for each pair: features, task, knn, linear, linear_std (accuracies in percent) and
+        chance (the share of the most frequent class, in percent).
     """
     rows = []
     narrowed = {

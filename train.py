@@ -273,7 +273,7 @@ class Evaluation:
     """The figures that tell learning from collapse, on pictures that training never sees."""
 
     def __init__(self, config: TrainConfig, data: Pictures | Folder, place: Place, workers: int):
-        self.config, self.data, self.place, self.workers = config, data, place, workers
+        self.data, self.place, self.workers = data, place, workers
         self.train_index, self.val_index = hold_out(data)
         if len(self.val_index) < 4:
             raise UserError(f"{len(data)} labelled pictures are too few: evaluation needs 40")
@@ -307,15 +307,16 @@ class Evaluation:
     def loss(self, model: IJEPA, masks: MaskCollator, bf16: bool) -> float:
         """Mean loss over held-out pictures, with masks that are the same at every evaluation."""
         index = self.query_index[:1024]
-        masks = masks.sample(len(index), _fixed())
+        drawn = masks.sample(len(index), _fixed())
         total = torch.zeros((), dtype=torch.float64)
-        parts = zip(index.split(256), *(mask.split(256) for mask in masks), strict=True)
+        parts = zip(index.split(256), *(idx.split(256) for idx in drawn), strict=True)
         for i, (part, context_idx, target_idx) in enumerate(parts):
             if i % self.place.world_size == self.place.rank:
                 images = next(self.batches(part))
-                masks = (x.to(images.device) for x in (context_idx, target_idx))
+                context_idx, target_idx = (x.to(images.device) for x in (context_idx, target_idx))
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                    loss = model.forward(images, *masks)  # not the compiled form: other shapes
+                    # Not the compiled form, which would be compiled again for these shapes.
+                    loss = model.forward(images, context_idx, target_idx)
                 total += loss.double().cpu() * len(part)
         if self.place.world_size > 1:
             total = total.to(self.place.device)
