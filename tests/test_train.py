@@ -597,7 +597,7 @@ def test_no_space_for_a_checkpoint_ends_the_run_and_keeps_the_previous(begun, pi
     before = (begun / "last.pt").read_bytes()
     with no_file_larger_than(1_000_000):
         message = fails(capsys, "--out", begun, "--data", pictures, *SMALL, *HERE, "--resume")
-    assert "could not write the checkpoint" in message and "previous one is still there" in message
+    assert "last.pt could not be written" in message and "previous one is still there" in message
     assert (begun / "last.pt").read_bytes() == before
     assert not list(begun.glob("*.tmp"))
 
