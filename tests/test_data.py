@@ -579,7 +579,9 @@ def test_broken_pictures_are_reported_in_evaluation_too(hundreds, capsys):
 def test_a_folder_in_which_nothing_can_be_read_is_an_error(tmp_path):
     make_folder(tmp_path, {"a": 2, "b": 2})
     damage(tmp_path, range(4))
-    with pytest.raises(UserError, match=r"neither .*train.* nor any .* with its labels can be read"):
+    with pytest.raises(
+        UserError, match=r"neither .*train.* nor any .* with its labels can be read"
+    ):
         streamed(tmp_path).open(0, set())
     with pytest.raises(UserError, match="read"):
         data.load_data(str(tmp_path), img_size=8)
