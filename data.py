@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import sys
@@ -386,7 +387,7 @@ def hold_out(pictures: Pictures | Folder) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------- sets by name
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
-NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenet")
+NAMED = ("shapes", "cifar10", "cifar100", "stl10", "clevr", "imagenet")
 IN_MEMORY_SIDE = 128  # pixels: folders of pictures no larger than this are kept in memory,
 IN_MEMORY_BYTES = 4e9  # unless they need more than this
 
@@ -435,6 +436,8 @@ def default_sizes(name: str, data_dir: str) -> tuple[int, int]:
         return 32, 4
     if name == "stl10":
         return 96, 8
+    if name == "clevr":
+        return 224, 16
     largest = largest_side(data_root(name, data_dir))
     return (32, 4) if largest <= 40 else (96, 8) if largest <= IN_MEMORY_SIDE else (224, 16)
 
@@ -476,6 +479,8 @@ def load_data(
         return _shapes(part, img_size, device, **shapes)
     if name in ("cifar10", "cifar100", "stl10"):
         return _torchvision(name, part, data_dir, img_size, device)
+    if name == "clevr":
+        return _clevr(part, data_dir, img_size)
     root = data_root(name, data_dir)
     files, labels, classes = scan_folder(root, part)
     if part != "train" and classes != scan_folder(root, "train")[2]:
@@ -503,6 +508,60 @@ def report_broken(new: set[str], known: set[str], total: int) -> set[str]:
             f"{max(known)}. Remove or repair them"
         )
     return known
+
+
+def has_test(name: str, data_dir: str = "data") -> bool:
+    """Whether a set comes with a test part: folders may have none."""
+    if name in NAMED and name != "imagenet":
+        return True
+    root = data_root(name, data_dir)
+    return (root / "test").is_dir() or (root / "val").is_dir()
+
+
+def fingerprint(data: "Pictures | Folder") -> str:
+    """A short name of these very pictures: other pixels, or other files or dates, have another."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(data, Pictures):
+        for images in data.images.split(10_000):
+            digest.update(images.cpu().numpy().tobytes())
+    else:
+        for path in data.files:
+            stat = path.stat()
+            digest.update(repr((str(path), stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+# The distance of the nearest object in six steps, as in the Visual Task Adaptation Benchmark
+# (Zhai et al. 2019), which the paper's Clevr/Dist goes by.
+CLEVR_DISTANCES = torch.tensor([8.0, 8.5, 9.0, 9.5, 10.0], dtype=torch.float64)
+CLEVR_CLASSES = {
+    "count": [str(n) for n in range(3, 11)],
+    "distance": ["to 8", "to 8.5", "to 9", "to 9.5", "to 10", "beyond"],
+}
+
+
+def _clevr(part: str, data_dir: str, img_size: int) -> Folder:
+    """CLEVR (Johnson et al. 2017): how many objects there are, and how far the nearest is."""
+    from torchvision.datasets import CLEVRClassification
+
+    split = "train" if part == "train" else "val"  # its test part has no labels
+    root = Path(data_dir) / "clevr" / "CLEVR_v1.0"
+    try:
+        CLEVRClassification(data_dir, split, download=True)  # 18 GB, once
+        with open(root / "scenes" / f"CLEVR_{split}_scenes.json") as file:
+            scenes = sorted(json.load(file)["scenes"], key=lambda scene: scene["image_filename"])
+        nearest = [min(o["pixel_coords"][2] for o in scene["objects"]) for scene in scenes]
+        counts = torch.tensor([len(scene["objects"]) for scene in scenes])
+        files = [root / "images" / split / scene["image_filename"] for scene in scenes]
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"clevr is not in {data_dir} and could not be downloaded, or is damaged ({error!r}). "
+            f"Remove {root.parent}, or unpack CLEVR_v1.0.zip there; --data shapes has such tasks"
+        ) from error
+    if not files or counts.min() < 3 or counts.max() > 10:
+        raise UserError(f"{root}: expected scenes of 3 to 10 objects")
+    distances = torch.bucketize(torch.tensor(nearest, dtype=torch.float64), CLEVR_DISTANCES)
+    return Folder(files, {"count": counts - 3, "distance": distances}, CLEVR_CLASSES, img_size)
 
 
 def _torchvision(name: str, part: str, data_dir: str, img_size: int, device) -> Pictures:
@@ -831,11 +890,16 @@ def eval_batches(
     batch_size: int = 500,
     device: str | torch.device = "cpu",
     workers: int = 0,
+    size: int | None = None,
 ) -> Iterator[Tensor]:
-    """The pictures `index`, as evaluation sees them: float32 (b, 3, S, S), normalized."""
+    """The pictures `index`, as evaluation sees them: float32 (b, 3, S, S), normalized.
+
+    Those in memory are enlarged to `size`, for encoders that were made for larger ones.
+    """
     parts = index.split(batch_size) if len(index) else ()
     if isinstance(data, Pictures):
-        yield from (normalize(data.centre(part).to(device)) for part in parts)
+        for part in parts:
+            yield enlarge(normalize(data.centre(part).to(device)), size)
         return
     broken: set[str] = set()
     for images, new in DataLoader(
@@ -843,6 +907,13 @@ def eval_batches(
     ):
         broken = report_broken(new, broken, len(data))
         yield normalize(images.to(device, non_blocking=True))
+
+
+def enlarge(images: Tensor, size: int | None) -> Tensor:
+    """(B, C, S, S) to (B, C, size, size), bicubic; as they are, if they have that size or None."""
+    if size in (None, images.shape[-1]):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
 
 
 class _Centres(torch.utils.data.Dataset):
