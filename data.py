@@ -182,6 +182,12 @@ def placed(device: str | None) -> Iterator[Place]:
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
+def cores() -> int:
+    """Cores of this machine for each of its processes."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return max(1, len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def main_first(place: Place, function):
     """Call `function` everywhere, on the main process before the others: it may download files."""
     if place.world_size > 1 and not place.main:

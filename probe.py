@@ -1,34 +1,82 @@
 """What has the encoder learned? Frozen features, and simple readers on top of them.
 
+    python probe.py runs/vit_tiny_cifar10                              # kNN and linear probe
+    python probe.py runs/vit_tiny_cifar10 --data shapes                # other pictures, other tasks
+    python probe.py runs/vit_tiny_cifar10 --per-class 13               # few labels
+    python probe.py runs/vit_tiny_cifar10 --finetune                   # train the encoder too
+    python probe.py IN1K-vit.h.14-300e.pth.tar --data path/to/folder   # the released weights
+    python probe.py facebook/ijepa_vith14_1k --data cifar100           # and Hugging Face's
+    python probe.py runs/vit_tiny_cifar10 --export vit_tiny            # for transformers and timm
+
 The protocol is that of Assran et al., CVPR 2023, Appendix A.2: the patches of a layer are averaged
 to one vector an image; a linear classifier, or batch norm and a linear classifier, reads the last
 layer or the last four; learning rate and weight decay are swept. Where the paper is silent, on the
 choice among them, it is made here on held-out training images: the test set is read once, by the
-winner.
+winner. Raw pixels and the same encoder untrained stand beside it.
+
+The report (probe.json, and pictures) goes beside the run, into probe_<data>; features are kept in
+the folder features, and not computed twice.
 
 Letters, in every shape comment of this file:
 
     n  images             C  classes                           S  seeds
     D  feature width      Q  settings: pairs of rate, decay    b  images in a batch
-    k  neighbours
+    k  neighbours         F  numbers of one image: D, several times D, or its pixels
 """
 
+import copy
+import dataclasses
+import hashlib
+import json
 import math
+import re
+import shlex
 import struct
+import sys
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import UserError
-from ijepa import DAMAGED, ViT, cosine
+from data import (
+    NAMED,
+    Folder,
+    Pictures,
+    Place,
+    UserError,
+    bf16_pays,
+    cores,
+    default_sizes,
+    eval_batches,
+    fingerprint,
+    generator_for,
+    has_test,
+    hold_out,
+    load_data,
+    main_first,
+    option,
+    parse_options,
+    placed,
+    progress,
+    run_script,
+    whole_file,
+    writing,
+)
+from ijepa import DAMAGED, ViT, cosine, grid_of, init_weights
 
 # ------------------------------------------------------------------------------------- features
 
@@ -694,3 +742,836 @@ def format_table(rows: list[dict]) -> str:
             cells.append(f" | {row['knn']:14.1f} {linear:>12}")
         lines.append(f"{name:{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------- which pictures
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The pictures of an evaluation: to learn from, to choose settings on, to report on."""
+
+    train: Pictures | Folder
+    test: Pictures | Folder  # the same object as `train` if there is no test part
+    bank: Tensor  # (n_bank,) pictures of `train`: all that are labelled and not reported on
+    fit: Tensor  # (n_fit,) places in the bank: what linear heads learn from
+    choose: Tensor  # (n_choose,) places in the bank: held out, for every choice
+    report: Tensor  # (n_report,) pictures of `test`
+    reported: str  # what these are, in words
+
+    def labels(self, task: str) -> tuple[Tensor, Tensor]:
+        """Labels of the bank, (n_bank,), and of the pictures reported on, (n_report,)."""
+        return self.train.labels[task][self.bank], self.test.labels[task][self.report]
+
+
+def load_sets(
+    name: str, data_dir: str, img_size: int, place: Place, limit: int | None = None
+) -> Sets:
+    """The pictures of a set, split as `Sets` says; held out are the same ones as in training.
+
+    Half of the held-out pictures of a folder without `test/` or `val/` are there to choose on, the
+    other half to report on.
+
+    Args:
+        name, data_dir: as for `load_data`.
+        img_size: side in pixels that the encoder wants. Sets that are kept in memory are stored no
+            larger than they come, and enlarged when they are used.
+        place: where this process runs.
+        limit: at most so many training pictures and so many test pictures, drawn at random.
+    Raises:
+        UserError: the set cannot be had, or has too few labelled pictures.
+    """
+    if name in NAMED and name not in ("clevr", "imagenet"):
+        img_size = min(img_size, default_sizes(name, data_dir)[0])
+
+    def load(part: str) -> Pictures | Folder:
+        return main_first(place, lambda: load_data(name, part, data_dir, img_size, place.device))
+
+    train = load("train")
+    fit, choose = hold_out(train)
+    fit = fit[_labelled(train)[fit]]
+    if has_test(name, data_dir):
+        test = load("test")
+        report = _labelled(test).nonzero()[:, 0]
+        report = report[torch.randperm(len(report), generator=generator_for("report"))]
+        reported = f"{name}, test pictures"
+    else:
+        test, choose, report = train, choose[::2], choose[1::2]
+        reported = f"{name}, held-out training pictures: it has no test/ or val/"
+    if limit is not None:  # a tenth to choose on, as without a limit
+        choose = choose[: max(2, limit // 10)]
+        fit, report = fit[: limit - len(choose)], report[:limit]
+    if min(len(fit), len(choose), len(report)) < 2:
+        raise UserError(
+            f"{name} has too few labelled pictures: {len(fit)} to learn from, {len(choose)} to "
+            f"choose settings on, {len(report)} to report on"
+        )
+    places = torch.arange(len(fit) + len(choose)).split([len(fit), len(choose)])
+    return Sets(train, test, torch.cat([fit, choose]), *places, report, reported)
+
+
+def _labelled(data: Pictures | Folder) -> Tensor:
+    """(n,) bool: which pictures have a label, for the first task."""
+    return next(iter(data.labels.values())) >= 0
+
+
+def check_labels(task: str, names: Sequence[str], learn_y: Tensor, report_y: Tensor) -> None:
+    """Raise UserError if labels (n,) are too few to learn a task and be reported on (n_report,)."""
+    if len(learn_y) < len(names):
+        raise UserError(
+            f"{task}: only {len(learn_y)} pictures to learn {len(names)} classes from: give more"
+        )
+    seen = learn_y.unique()
+    if absent := [names[int(label)] for label in report_y.unique() if label not in seen]:
+        raise UserError(
+            f"{task}: no picture to learn from of {len(absent)} classes that are reported on, such "
+            f"as {absent[0]!r}: give more pictures"
+        )
+
+
+# ------------------------------------------------------------------------ features, kept on disk
+
+
+def shared_features(
+    encoder: ViT,
+    data: Pictures | Folder,
+    index: Tensor,
+    place: Place,
+    *,
+    layers: int = 1,
+    size: int | None = None,
+    bf16: bool = False,
+    workers: int = 0,
+    what: str = "features",
+    everywhere: bool = False,
+) -> Tensor:
+    """`pooled_features` of the pictures `index`, by all processes together.
+
+    Args:
+        size: pixels a side, if other than the pictures have.
+        what: for the progress bar.
+        everywhere: all processes get the features; by default the main one, the others nothing.
+        The others are those of `pooled_features` and `eval_batches`.
+    Returns:
+        (n, layers * D) float32 on the CPU.
+    """
+    world, rank = (place.world_size, place.rank) if len(index) >= 8 * place.world_size else (1, 0)
+    mine = index[rank::world]
+    rows, columns = encoder.grid if size is None else grid_of(size, encoder.patch_size)
+    # So many that the largest activations, those inside of an MLP, stay well below 1 GB.
+    batch_size = 2**25 // (rows * columns * encoder.embed_dim)
+    batch_size = min(max(batch_size, 8), 2048 if place.device.type == "cuda" else 500)
+    batches = eval_batches(data, mine, batch_size, place.device, workers, size)
+    bar = progress(batches, what, f" x {batch_size}") if place.main else batches
+    if place.main:
+        bar.total = math.ceil(len(mine) / batch_size)
+    part = pooled_features(encoder, bar, layers, place.device, bf16)
+    if world == 1:
+        return part
+    wanted = place.main or everywhere
+    whole = torch.empty(len(index) if wanted else 0, part.shape[1])
+    for start in range(0, len(index), 8192 * world):  # in pieces: ImageNet's do not fit a GPU
+        piece = torch.zeros(min(8192 * world, len(index) - start), part.shape[1])
+        piece[rank::world] = part[start // world :][: len(piece[rank::world])]
+        piece = piece.to(place.device)
+        dist.all_reduce(piece)
+        if wanted:
+            whole[start : start + len(piece)] = piece.cpu()
+    return whole
+
+
+def kept(path: Path | None, compute: Callable[[], Tensor], place: Place) -> Tensor:
+    """What `compute` gives, from the file `path` if it has been computed before.
+
+    The main process reads and writes; the file is one tensor, in safetensors format. A file that
+    cannot be read is said so, and made anew. None: always compute.
+    """
+    found = None
+    if path is not None and place.main and path.exists():
+        try:
+            found = load_file(path)["features"]
+        except (SafetensorError, OSError, KeyError) as error:
+            tqdm.write(f"{path} cannot be read ({error}): computed again", file=sys.stderr)
+    hit = torch.tensor(int(found is not None), device=place.device)
+    if place.world_size > 1:
+        dist.broadcast(hit, 0)
+    if hit:
+        return found if place.main else torch.empty(0)
+    computed = compute()
+    if path is not None and place.main:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            save_file({"features": computed}, temporary)
+    return computed
+
+
+def untrained(encoder: ViT, init_std: float = 0.02, seed: int = 0) -> ViT:
+    """An encoder of the same architecture that has learned nothing."""
+    fresh = copy.deepcopy(encoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        init_weights(fresh, fresh.blocks, init_std)
+    for module in fresh.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+    return fresh
+
+
+# -------------------------------------------------------------------------------------- low-shot
+
+
+def low_shot_sample(
+    labels: Tensor,
+    names: Sequence[str],
+    fraction: float | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Some pictures of each class: (n,) labels -> sorted places (n_sample,), stratified.
+
+    Args:
+        names: of the classes.
+        fraction: the share of each class, rounded, or `per_class`: their number; one of the two.
+        seed: which sample.
+    Raises:
+        UserError: a class would be absent, or has fewer pictures than are wanted.
+    """
+    order = torch.randperm(len(labels), generator=generator_for("low-shot", seed))
+    chosen = []
+    for label, name in enumerate(names):
+        places = order[labels[order] == label]
+        wanted = round(fraction * len(places)) if per_class is None else per_class
+        if wanted < 1:
+            raise UserError(
+                f"--fraction {fraction:g} leaves none of the {len(places)} pictures of class "
+                f"{name!r}: raise it, or use --per-class"
+            )
+        if wanted > len(places):
+            raise UserError(f"--per-class {wanted}: class {name!r} has only {len(places)} pictures")
+        chosen.append(places[:wanted])
+    return torch.cat(chosen).sort().values
+
+
+def low_shot_probe(
+    train_x: Mapping[str, Tensor],
+    train_y: Tensor,
+    report_x: Mapping[str, Tensor],
+    report_y: Tensor,
+    num_classes: int,
+    device: torch.device,
+) -> tuple[float, dict]:
+    """A linear probe that sees no other labels than these few, not even to choose its settings.
+
+    They are chosen by cross-validation within the sample, in five stratified parts, or fewer if a
+    class has fewer pictures; of equals, the strongest decay. One head then learns from all of it.
+    With one picture of some class there is nothing to choose on: the setting is then the last
+    layer, linear, with the strongest decay but one.
+
+    Returns:
+        The accuracy in [0, 1], and the setting.
+    """
+    counts = train_y.bincount(minlength=num_classes)
+    folds = min(5, int(counts[counts > 0].min()))
+    rank = torch.empty_like(train_y)  # the number of a picture among those of its class
+    for label in range(num_classes):
+        rank[train_y == label] = torch.arange(int(counts[label]))
+    more = {"num_classes": num_classes, "device": device, "progress": False}
+    scores: dict[tuple, float] = {}
+    for fold in range(folds) if folds > 1 else ():
+        held = rank % folds == fold
+        probe = linear_probe(
+            {name: x[~held] for name, x in train_x.items()}, train_y[~held],
+            {name: x[held] for name, x in train_x.items()}, train_y[held], seeds=1, **more,
+        )  # fmt: skip
+        for row in probe.grid:
+            scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
+    setting = (next(iter(train_x)), "linear", RATES[0], DECAYS[-2])
+    if scores:
+        setting = max(scores, key=lambda s: (scores[s], s[3]))  # few pictures, many equals
+    feature, head, rate, decay = setting
+    x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
+    probe = linear_probe(
+        x, train_y, x, train_y, report, report_y,
+        heads=(head,), rates=(rate,), decays=(decay,), seeds=1, **more,
+    )  # fmt: skip
+    chosen = {"feature": feature, "head": head, "rate": rate, "decay": decay}
+    return probe.best.test[0], chosen
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+BLUE, VERMILION = "#0072B2", "#D55E00"  # told apart by the colour-blind too (Okabe and Ito)
+
+
+def plt_subplots(*args, **kwargs):
+    """Subplots that need no screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(**{k: kwargs.pop(k) for k in ("figsize", "layout")})
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def draw_confusion(path: Path, matrix: Tensor, names: Sequence[str], title: str) -> None:
+    """How often class i (row) was taken for class j (column), (C, C), in percent of the row.
+
+    Of more than 20 classes, the 20 with the most errors.
+    """
+    errors = matrix.sum(1) - matrix.diagonal()
+    shown = errors.argsort(descending=True, stable=True)[:20].sort().values
+    share = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    share, names = share[shown][:, shown], [names[int(i)] for i in shown]
+    side = 3 + 0.55 * len(names)
+    figure, axis = plt_subplots(figsize=(side, side * 0.92), layout="constrained")
+    axis.imshow(
+        share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10
+    )  # roots: small shares are seen too
+    for i, row in enumerate(share.tolist()):
+        for j, value in enumerate(row):
+            if value >= 0.5:
+                colour = "white" if value > 40 else "black"
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=11)
+    ticks = range(len(names))
+    axis.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=11)
+    axis.set_yticks(ticks, names, fontsize=11)
+    axis.set_xlabel("taken for", fontsize=12)
+    axis.set_ylabel("is", fontsize=12)
+    more = "" if len(names) == len(matrix) else f"\nthe {len(names)} classes with the most errors"
+    axis.set_title(f"{title}, % of each row{more}", fontsize=12)
+    _save_figure(figure, path)
+
+
+def draw_neighbours(
+    path: Path, sets: Sets, task: str, neighbours: Tensor, predicted: Tensor, rows: int = 8
+) -> None:
+    """Pictures, and the nearest of the training set: neighbours (n_report, k) places in the bank.
+
+    One of each class in turn; the title says what a picture is, in blue if the neighbours have
+    that class too, in vermilion and parentheses if not.
+    """
+    bank_y, report_y = sets.labels(task)
+    names = sets.train.classes[task]
+    turn = [(report_y == label).nonzero()[:, 0].tolist() for label in range(len(names))]
+    queries = [i for together in zip_longest(*turn) for i in together if i is not None][:rows]
+    columns = 1 + min(8, neighbours.shape[1])
+    size = (1.35 * columns, 1.55 * len(queries))
+    figure, axes = plt_subplots(
+        len(queries), columns, figsize=size, layout="constrained", squeeze=False
+    )
+    for row, i in zip(axes, queries, strict=True):
+        near = neighbours[i, : columns - 1]
+        pictures = [sets.test.centre(sets.report[i : i + 1]), sets.train.centre(sets.bank[near])]
+        labels = [int(report_y[i]), *bank_y[near].tolist()]
+        for j, (axis, picture, label) in enumerate(
+            zip(row, torch.cat([p.cpu() for p in pictures]), labels, strict=True)
+        ):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            right = label == labels[0]
+            colour = "black" if j == 0 else BLUE if right else VERMILION
+            name = names[label][:14]
+            name = f"{name}?" if j == 0 else name if right else f"({name})"
+            axis.set_title(name, fontsize=11, color=colour)
+            for side in axis.spines.values():
+                side.set(color=colour, linewidth=2 if j else 0)
+    share = 100 * (predicted == report_y).double().mean().item()
+    figure.suptitle(
+        f"first column: pictures reported on; then their nearest training pictures, "
+        f"(in parentheses) of another class\n{neighbours.shape[1]}-NN accuracy {share:.1f} %",
+        fontsize=11,
+    )
+    _save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_patches(
+    path: Path, encoders: Mapping[str, ViT], sets: Sets, place: Place, size: int, columns: int = 8
+) -> None:
+    """Patch features as colours: the first three principal components as red, green and blue.
+
+    One basis for all pictures of an encoder: patches with like features have like colours, also
+    in different pictures.
+    """
+    index = sets.report[:columns]
+    pictures = sets.test.centre(index).cpu()
+    images = torch.cat(list(eval_batches(sets.test, index, 8, place.device, size=size)))
+    rows = {"picture": pictures.permute(0, 2, 3, 1)}
+    for name, encoder in encoders.items():
+        tokens = encoder.to(place.device)(images).float().cpu()  # (b, N, D)
+        flat = tokens.flatten(0, 1) - tokens.mean((0, 1))
+        axes = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3)
+        parts = flat @ axes  # (b N, 3)
+        low, high = parts.quantile(0.02, 0), parts.quantile(0.98, 0)
+        parts = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        grid = grid_of(size, encoder.patch_size)
+        rows[name] = parts.view(len(images), *grid, 3)
+    shape = (1.4 * len(images) + 0.4, 1.45 * len(rows) + 0.5)
+    figure, axes = plt_subplots(
+        len(rows), len(images), figsize=shape, layout="constrained", squeeze=False
+    )
+    for line, (name, shown) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, shown, strict=True):
+            axis.imshow(picture.numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(name, fontsize=12)
+    figure.suptitle(
+        "patch features: their first three principal components as colours", fontsize=12
+    )
+    _save_figure(figure, path)
+
+
+def _save_figure(figure, path: Path) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """All that defines an evaluation. What is None depends on the rest."""
+
+    checkpoint: str | None = option(
+        None,
+        "a run's folder or checkpoint, a released .pth.tar, a Hugging Face folder or hub name",
+        positional=True,
+    )
+    encoder: str = option("target", "which of its two encoders", ("target", "context"))
+    heads: int | None = option(None, "attention heads, where the file does not tell")
+    data: str | None = option(
+        None, f"{', '.join(NAMED)}, or a folder (default: what the run was trained on)"
+    )
+    data_dir: str = option("data", "where named sets are, or are downloaded to")
+    task: str | None = option(None, "which labels, of a set with several (default: all)")
+    images: int | None = option(None, "at most so many training and test pictures: a quick look")
+    out: str | None = option(None, "folder of the report (default: probe_<data> beside the run)")
+    export: str | None = option(None, "write the encoder for transformers and timm, and end")
+
+    fraction: float | None = option(None, "low-shot: the share of the labels to learn from")
+    per_class: int | None = option(None, "low-shot: so many labelled pictures of each class")
+    augment: bool = option(False, "linear probe on random crops, as in the paper (slow)")
+    finetune: bool = option(False, "train the encoder too (slower)")
+
+    k: int | None = option(None, "neighbours (default: 20)")
+    temperature: float = option(0.07, "of their weights, exp(similarity / temperature)")
+    layers: int = option(4, "linear probe: the last layer, and so many concatenated")
+    seeds: int | None = option(None, "of heads and low-shot samples (default: 3; fine-tuning: 1)")
+    epochs: int | None = option(None, "of --augment and --finetune")
+    batch_size: int | None = option(None, "of --augment and --finetune")
+    lr: float | None = option(None, "of --finetune")
+    weight_decay: float | None = option(None, "of --finetune")
+    img_size: int | None = option(None, "pixels a side (default: what the encoder was made for)")
+    baselines: bool = option(True, "beside it: raw pixels, and the encoder untrained")
+
+    bf16: bool | None = option(None, "autocast to bfloat16 (default: where it pays)")
+    workers: int | None = option(None, "processes that decode pictures (default: one a core)")
+    device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
+    cache: bool = option(True, "keep features on disk, beside the run")
+
+    protocol = property(
+        lambda self: "finetune" if self.finetune else "augment" if self.augment else "frozen"
+    )
+    low_shot = property(lambda self: self.fraction is not None or self.per_class is not None)
+
+
+def configure(argv: list[str] | None = None) -> ProbeConfig:
+    """The command line, checked."""
+    config, given = parse_options(ProbeConfig, __doc__, argv)
+    if config.checkpoint is None:
+        raise UserError(
+            "which encoder? Give a checkpoint: python probe.py runs/NAME --data cifar10"
+        )
+    if config.finetune and config.augment:
+        raise UserError("--finetune and --augment contradict each other: give one")
+    if config.fraction is not None and config.per_class is not None:
+        raise UserError("--fraction and --per-class contradict each other: give one")
+    if config.low_shot and config.augment:
+        raise UserError("--augment takes all labels: leave out --fraction or --per-class")
+    if config.fraction is not None and not 0 < config.fraction <= 1:
+        raise UserError(f"--fraction {config.fraction:g}: it must be above 0, and at most 1")
+    if config.temperature <= 0:
+        raise UserError(f"--temperature {config.temperature:g}: it must be positive")
+    needs = {"epochs": "augment", "batch_size": "augment", "lr": "finetune"}
+    needs |= {"weight_decay": "finetune"}
+    for name, other in needs.items():
+        if name in given and not (config.finetune or (other == "augment" and config.augment)):
+            raise UserError(f"--{name.replace('_', '-')} needs --{other}")
+    for name in ("per_class", "images", "k", "layers", "seeds", "epochs", "batch_size", "img_size"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if config.workers is not None and config.workers < 0:
+        raise UserError(f"--workers is {config.workers}: it must be at least 0")
+    return config
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every protocol needs to know."""
+
+    config: ProbeConfig
+    loaded: Loaded
+    name: str  # of the set of pictures
+    sets: Sets
+    tasks: dict[str, list[str]]  # task -> names of its classes
+    samples: dict[str, list[Tensor]]  # task -> places in the bank that neighbours are among
+    place: Place
+    size: int  # of the pictures as the encoder sees them, in pixels
+    bf16: bool
+    workers: int
+    cache: Path | None  # folder
+
+    layers = property(lambda self: min(self.config.layers, len(self.loaded.encoder.blocks)))
+    trained = property(lambda self: f"{self.loaded.which} encoder")
+
+    @property
+    def encoders(self) -> dict[str, ViT | None]:
+        """What is compared; None stands for the pixels."""
+        encoder, config = self.loaded.encoder, self.loaded.config or {}
+        if not self.config.baselines:
+            return {self.trained: encoder}
+        fresh = untrained(encoder, config.get("init_std") or 0.02)
+        return {"raw pixels": None, "untrained": fresh, self.trained: encoder}
+
+
+def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Setup:
+    """Load the pictures, and refuse what cannot work before anything is computed."""
+    name, encoder = data_name(config, loaded), loaded.encoder
+    if encoder.grid[0] != encoder.grid[1] and config.img_size is None:
+        raise UserError(f"the encoder was made for {encoder.grid} patches: give --img-size")
+    size = config.img_size or encoder.grid[0] * encoder.patch_size
+    try:
+        grid_of(size, encoder.patch_size)
+    except ValueError as error:
+        raise UserError(f"--img-size {size}: {error}") from error
+    sets = load_sets(name, config.data_dir, size, place, config.images)
+    tasks = sets.train.classes
+    if config.task is not None:
+        if config.task not in tasks:
+            raise UserError(f"{name} has no task {config.task!r}: choose from {', '.join(tasks)}")
+        tasks = {config.task: tasks[config.task]}
+    samples = {task: [torch.arange(len(sets.bank))] for task in tasks}
+    for task, names in tasks.items():
+        bank_y, report_y = sets.labels(task)
+        if config.low_shot:
+            samples[task] = [
+                low_shot_sample(bank_y, names, config.fraction, config.per_class, seed)
+                for seed in range(config.seeds or 3)
+            ]
+        for places in samples[task]:
+            learned = places if config.low_shot else sets.fit
+            check_labels(task, names, bank_y[learned], report_y)
+            if (k := neighbours_asked(config)) > len(places):
+                raise UserError(f"--k {k}: there are only {len(places)} pictures to look among")
+    bf16 = bf16_pays(encoder.embed_dim, place.device) if config.bf16 is None else config.bf16
+    workers = cores() if config.workers is None else config.workers
+    kept_in = cache if config.cache else None
+    return Setup(config, loaded, name, sets, tasks, samples, place, size, bf16, workers, kept_in)
+
+
+def data_name(config: ProbeConfig, loaded: Loaded) -> str:
+    """The set of pictures: what --data says, or what the run was trained on."""
+    name = config.data or (loaded.config or {}).get("data")
+    if name is None:
+        raise UserError(f"{config.checkpoint} does not say what it was trained on: give --data")
+    return name
+
+
+def neighbours_asked(config: ProbeConfig) -> int:
+    """k; low-shot samples may have fewer pictures than the 20 that it is by default."""
+    return config.k or (1 if config.low_shot else 20)
+
+
+def describe(setup: Setup) -> str:
+    """What is about to happen, in a few lines."""
+    config, loaded, sets = setup.config, setup.loaded, setup.sets
+    encoder = loaded.encoder
+    size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    step = "" if loaded.step is None else f", step {loaded.step}"
+    learn = f"{len(sets.fit)} to learn from, {len(sets.choose)} to choose settings on"
+    if config.low_shot:
+        samples = next(iter(setup.samples.values()))
+        learn = f"{len(samples)} samples of {len(samples[0])} to learn from"
+    how = {
+        "frozen": f"{config.k or 20}-NN and linear probe on stored features",
+        "augment": "linear probe on random crops",
+        "finetune": "fine-tuning",
+    }[config.protocol]
+    where = torch.cuda.get_device_name() if setup.place.device.type == "cuda" else "CPU"
+    precision = "bfloat16 autocast" if setup.bf16 else "float32"
+    lines = [
+        f"encoder  {config.checkpoint}: {loaded.which}, {size:.2f} M parameters{step}",
+        f"pictures {learn}, {len(sets.report)} to report on ({sets.reported}), {setup.size} pixels",
+        f"protocol {how}",
+        f"device   {where} x {setup.place.world_size}, {precision}",
+    ]
+    return "\n".join(lines + ([f"note     {loaded.note}"] if loaded.note else []))
+
+
+class Found(NamedTuple):
+    """What a protocol found out."""
+
+    rows: list[dict]  # of the report, by `report_row`
+    neighbours: Prediction | None = None  # of the first task, by the encoder at hand
+    predictions: Tensor | None = None  # (n_report,) of the first task, by its linear probe
+
+
+def report_row(
+    setup: Setup, features: str, task: str, figures: dict[str, list[float]], chosen: list[dict]
+) -> dict:
+    """One row: what was measured (shares in [0, 1], one a seed or sample), and the settings."""
+    report_y = setup.sets.labels(task)[1]
+    return {
+        "features": features,
+        "task": task,
+        "classes": len(setup.tasks[task]),
+        "chance": 100 * report_y.bincount().max().item() / len(report_y),
+        "figures": {name: [100 * x for x in values] for name, values in figures.items()},
+        "chosen": chosen,
+    }
+
+
+def setting_of(choice: Choice) -> dict:
+    """The settings of a linear probe, and what it scored on the pictures they were chosen on."""
+    names = ("feature", "head", "rate", "decay", "val")
+    return {name: getattr(choice, name) for name in names}
+
+
+def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, Tensor]:
+    """Features of the bank, (n_bank, F), and of the pictures reported on, (n_report, F).
+
+    On the main process; the others may get empty tensors.
+    """
+    sets, place, found = setup.sets, setup.place, []
+    for data, index in ((sets.train, sets.bank), (sets.test, sets.report)):
+        if encoder is None:
+            batches = eval_batches(data, index, 500, place.device, setup.workers)
+            found.append(torch.cat([pixels(x) for x in batches]) if place.main else torch.empty(0))
+            continue
+        key = (
+            weights_hash(encoder), setup.layers, setup.size, setup.bf16, place.device.type,
+            fingerprint(data), index.tolist(),
+        )  # fmt: skip
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()
+        compute = partial(
+            shared_features, encoder, data, index, place, layers=setup.layers, size=setup.size,
+            bf16=setup.bf16, workers=setup.workers, what=name,
+        )  # fmt: skip
+        path = setup.cache / f"{digest}.safetensors" if setup.cache else None
+        try:
+            found.append(kept(path, compute, place))
+        except ValueError as error:  # features that are not finite
+            raise UserError(f"{name}: {error}") from error
+    return found[0], found[1]
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """A name for these very weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of right answers: (n,) and (n,) -> [0, 1]."""
+    return (predicted.cpu() == labels.cpu()).double().mean().item()
+
+
+def probe_frozen(setup: Setup) -> Found:
+    """kNN and the sweep of linear heads on stored features."""
+    config, device = setup.config, setup.place.device
+    protocol = _few_labels if config.low_shot else _all_labels
+    rows, shown = [], ()
+    for name, encoder in setup.encoders.items():
+        bank, report = features_of(setup, name, encoder)
+        if not setup.place.main:
+            continue
+        width = bank.shape[1] if encoder is None else encoder.embed_dim
+        last = bank[:, -width:], report[:, -width:].to(device)  # what neighbours are near in
+        kinds = {"last layer": last}
+        if encoder is None:
+            kinds = {"pixels": narrow(bank, report)}
+        elif setup.layers > 1:
+            kinds[f"last {setup.layers} layers"] = (bank, report)
+        bank_x, report_x = ({kind: near(x[i], device) for kind, x in kinds.items()} for i in (0, 1))
+        for task in setup.tasks:
+            figures, chosen, *more = protocol(setup, task, last, bank_x, report_x)
+            rows.append(report_row(setup, name, task, figures, chosen))
+            if name == setup.trained and task == next(iter(setup.tasks)):
+                shown = more
+    return Found(rows, *shown)
+
+
+ON_DEVICE = 8e9  # bytes: larger features stay on the CPU and are read in parts
+
+
+def near(features: Tensor, device: torch.device) -> Tensor:
+    """On the device, if they are not too large for it."""
+    return features.to(device) if features.nbytes < ON_DEVICE else features
+
+
+def _all_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
+    """One task with all labels: figures, settings, neighbours, and predictions of one head."""
+    config, sets = setup.config, setup.sets
+    bank_y, report_y = sets.labels(task)
+    classes, k = len(setup.tasks[task]), neighbours_asked(config)
+    found = knn(last[0], bank_y, last[1], k, config.temperature, classes)
+    fit, choose = sets.fit, sets.choose
+    best = linear_probe(
+        {kind: x[fit] for kind, x in bank_x.items()}, bank_y[fit],
+        {kind: x[choose] for kind, x in bank_x.items()}, bank_y[choose],
+        report_x, report_y,
+        seeds=config.seeds or 3, num_classes=classes, device=setup.place.device,
+    ).best  # fmt: skip
+    figures = {
+        f"{k}-NN": [accuracy(found.weighted, report_y)],
+        f"{k}-NN, plain": [accuracy(found.plain, report_y)],
+        "linear probe": list(best.test),
+    }
+    return figures, [setting_of(best)], found, best.predictions[0]
+
+
+def _few_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
+    """One task with few labels, a figure for each sample, and the settings."""
+    config, sets = setup.config, setup.sets
+    bank_y, report_y = sets.labels(task)
+    classes, chosen = len(setup.tasks[task]), []
+    k = min(config.k or 20, *(len(places) for places in setup.samples[task]))
+    figures = {f"{k}-NN": [], f"{k}-NN, plain": [], "linear probe": []}
+    for places in progress(setup.samples[task], f"low-shot, {task}", " samples"):
+        found = knn(last[0][places], bank_y[places], last[1], k, config.temperature, classes)
+        few_x = {kind: x[places] for kind, x in bank_x.items()}
+        score, setting = low_shot_probe(
+            few_x, bank_y[places], report_x, report_y, classes, setup.place.device
+        )
+        values = accuracy(found.weighted, report_y), accuracy(found.plain, report_y), score
+        for measured, value in zip(figures.values(), values, strict=True):
+            measured.append(value)
+        chosen.append(setting)
+    return figures, chosen
+
+
+def format_report(rows: list[dict]) -> str:
+    """The rows of a report as tables, one for each task; accuracies in percent."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        columns = list(of_task[-1]["figures"])
+        width = max(len(row["features"]) for row in rows)
+        first = of_task[0]
+        lines.append(f"{task}: {first['classes']} classes, the largest {first['chance']:.1f} %")
+        lines.append(" " * width + "".join(f"  {name:>14}" for name in columns) + "   chosen")
+        for row in of_task:
+            cells = ""
+            for name in columns:
+                mean, spread = mean_std(row["figures"].get(name, ()))
+                cell = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(row["figures"][name]) > 1 else "")
+                cells += f"  {cell:>14}"
+            chosen = "; ".join(dict.fromkeys(_in_words(setting) for setting in row["chosen"]))
+            lines.append(f"{row['features']:{width}}{cells}   {chosen}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _in_words(setting: dict) -> str:
+    """A setting in a few words."""
+    head = {"bn": "batch norm + linear"}.get(setting["head"], setting["head"])
+    return f"{setting['feature']}, {head}, rate {setting['rate']:g}, decay {setting['decay']:g}"
+
+
+def main() -> None:
+    """Read the encoder, look at the pictures, report."""
+    config = configure()
+    loaded = load_encoder(config.checkpoint, config.encoder, config.heads)
+    if config.export is not None:
+        export(loaded.encoder, Path(config.export))
+        print(f"wrote {config.export}: the {loaded.which} encoder, for transformers and timm")
+        return
+    with placed(config.device) as place:
+        evaluate(config, loaded, place)
+
+
+def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
+    """Features, classifiers, the table and the pictures."""
+    begin = time.perf_counter()
+    home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
+    if loaded.kind == "ijepa":  # beside the run
+        home = Path(config.checkpoint)
+        home = home if home.is_dir() else home.parent
+    variant = [Path(data_name(config, loaded)).name, config.protocol, loaded.which]
+    few = config.fraction if config.per_class is None else f"{config.per_class}_a_class"
+    variant = [str(x) for x in (*variant, few) if x not in ("frozen", "target", None)]
+    out = Path(config.out) if config.out else home / "_".join(["probe", *variant])
+    if place.main:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+
+    setup = set_up(config, loaded, place, home / "features")
+    protocol = {"frozen": probe_frozen, "augment": probe_augmented, "finetune": probe_fine_tuned}
+    if place.main:
+        tqdm.write(describe(setup))
+    found = protocol[config.protocol](setup)
+    if not place.main:
+        return
+    table = format_report(found.rows)
+    tqdm.write(f"\nAccuracy, %, on {len(setup.sets.report)} pictures ({setup.sets.reported})\n")
+    tqdm.write(table)
+    draw_found(setup, found, out)
+    seconds = time.perf_counter() - begin
+    with whole_file(out / "probe.json") as temporary:
+        temporary.write_text(json.dumps(account(setup, found, seconds), indent=1) + "\n")
+    tqdm.write(f"\nreport and pictures: {out} ({seconds:.0f} s)")
+
+
+def draw_found(setup: Setup, found: Found, out: Path) -> None:
+    """confusion.png, neighbours.png and pca.png, those that the protocol has something for."""
+    task, names = next(iter(setup.tasks.items()))
+    if found.predictions is not None:
+        matrix = confusion(setup.sets.labels(task)[1], found.predictions, len(names))
+        title = f"{setup.trained}, {next(reversed(found.rows[-1]['figures']))}"
+        draw_confusion(out / "confusion.png", matrix, names, title)
+    if found.neighbours is not None:
+        near = found.neighbours
+        draw_neighbours(out / "neighbours.png", setup.sets, task, near.neighbours, near.weighted)
+    encoders = {name: encoder for name, encoder in setup.encoders.items() if encoder is not None}
+    draw_patches(out / "pca.png", encoders, setup.sets, setup.place, setup.size)
+
+
+def account(setup: Setup, found: Found, seconds: float) -> dict:
+    """Everything that is needed to repeat the evaluation, and what came of it."""
+    config, loaded, sets, device = setup.config, setup.loaded, setup.sets, setup.place.device
+    return {
+        "command": shlex.join(["python", "probe.py", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "checkpoint": {
+            "path": config.checkpoint,
+            "kind": loaded.kind,
+            "sha256": loaded.sha256,
+            "encoder": loaded.which,
+            "note": loaded.note,
+            "step": loaded.step,
+            "config": loaded.config,
+        },
+        "pictures": {
+            "name": setup.name,
+            "fingerprints": [fingerprint(sets.train), fingerprint(sets.test)],
+            "fit": len(sets.fit),
+            "choose": len(sets.choose),
+            "report": len(sets.report),
+            "reported": sets.reported,
+            "size": setup.size,
+        },
+        "options": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "processes": setup.place.world_size,
+        "bf16": setup.bf16,
+        "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+        "results": found.rows,
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
