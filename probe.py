@@ -29,31 +29,34 @@ import dataclasses
 import hashlib
 import json
 import math
+import pickletools
 import re
 import shlex
-import struct
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
+    MEAN,
     NAMED,
+    STD,
     Folder,
     Pictures,
     Place,
@@ -76,7 +79,7 @@ from data import (
     whole_file,
     writing,
 )
-from ijepa import DAMAGED, ViT, cosine, grid_of, init_weights
+from ijepa import IJEPA, MODELS, IJEPAConfig, ViT, cosine, grid_of, init_weights, sincos_positions
 
 # ------------------------------------------------------------------------------------- features
 
@@ -634,8 +637,27 @@ def confusion(y_true: Tensor, y_pred: Tensor, num_classes: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------- checkpoints
+# Files come from anywhere, so nothing in them is believed. No code in them is run, what they say of
+# sizes must be what their tensors have, and networks are built on the meta device, which takes no
+# memory, until everything agrees. Functions that begin with _ raise ValueError for what is wrong
+# with a file, in words that follow its name.
 
 CHECKPOINT_FORMAT = "ijepa-1"
+NETWORKS = {"target": "target_encoder", "context": "encoder"}  # ours and the released names
+MAX_PATCHES = 2**16  # 256 x 256: positions take memory, and only the file's word stands for them
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An encoder to be probed, and what is known of it."""
+
+    encoder: ViT  # float32 on the CPU, in evaluation mode, without gradients
+    kind: str  # "ijepa" (of train.py), "released" or "huggingface"
+    which: str  # "target" or "context": what it is, whatever was asked for
+    sha256: str  # of the file; of several (sharded weights), of one after the other
+    config: dict | None = None  # the training configuration, if the file has one
+    step: int | None = None
+    note: str = ""  # what the reader of a table should know, in one line
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -643,19 +665,609 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Nothing in the file is run. Raises UserError if it is missing, damaged, or something else.
     """
+    path = Path(path)
+    with _blaming(path):
+        checkpoint = _load(path, mmap=False)
+        _architecture(checkpoint)
+        _need(checkpoint, {"optimizer": dict, "pictures": int, "best_knn": int | float})
+    return checkpoint
+
+
+def load_encoder(source: str, which: str = "target", num_heads: int | None = None) -> Loaded:
+    """The encoder in a file or a folder, of this project or of others.
+
+    What is read: checkpoints of train.py, or a run's folder for its last.pt; files in the format of
+    the released code; Hugging Face folders of I-JEPA with safetensors, and the names of such models
+    there; what `export` writes.
+
+    Memory is bounded by this one encoder: other networks and the optimizer's state stay on the
+    disk, and so do its own weights until they are used, so leave the file alone until then.
+
+    Args:
+        source: a path, or a name such as facebook/ijepa_vith14_1k if there is no such path.
+        which: "target", which the paper evaluates (Appendix A.1), or "context". A file with one
+            encoder gives that one: see `which` and `note` of the result.
+        num_heads: only for files that lack it, the released ones, and only for widths that no
+            released model has.
+    Raises:
+        UserError: there is no such file, or it cannot be read, with the reason in one line.
+    """
+    if which not in NETWORKS:
+        raise ValueError(f"which is {which!r}: choose target or context")
+    path = Path(source)
+    with _blaming(path):
+        if (path / "last.pt").is_file():
+            path = path / "last.pt"
+        elif not path.exists():
+            path = _from_hub(str(source))
+    with _blaming(path):
+        if path.is_dir() or path.suffix == ".safetensors":
+            loaded = _load_huggingface(path, which)
+        else:
+            loaded = _load_checkpoint(path, which, num_heads)
+        heads = loaded.encoder.blocks[0].attn.num_heads
+        if num_heads not in (None, heads):
+            raise ValueError(f"has {heads} heads, not {num_heads}: leave their number out")
+    return loaded
+
+
+def released_model(checkpoint, num_heads: int | None = None) -> IJEPA:
+    """The three networks of a checkpoint in the format of the released code.
+
+    Args:
+        checkpoint: a path (no code in the file is run), or the loaded dict with `encoder`,
+            `predictor` and `target_encoder`; a `module.` before names is dropped.
+        num_heads: only for widths that no released model has: weights do not tell it.
+    Raises:
+        ValueError: it is no such checkpoint, or `num_heads` is missing or does not fit.
+    """
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = _load(Path(checkpoint), mmap=True)
+    encoder = _released(checkpoint, "encoder")
+    predictor = _released(checkpoint, "predictor")
+    target_encoder = _released(checkpoint, "target_encoder")
+    if "mask_token" not in predictor:
+        raise ValueError("is no released I-JEPA checkpoint: it lacks the predictor's mask_token")
+    sizes = _released_sizes(encoder, num_heads)
+    config = _config(
+        sizes | {
+            "predictor_dim": predictor["mask_token"].shape[-1],
+            "predictor_depth": _layers(predictor, "predictor_blocks"),
+            "predictor_heads": sizes["num_heads"],
+        }
+    )  # fmt: skip
+    weights = {}
+    for part, tensors, table, dim in (
+        ("encoder", encoder, "pos_embed", config.embed_dim),
+        ("target_encoder", target_encoder, "pos_embed", config.embed_dim),
+        ("predictor", predictor, "predictor_pos_embed", config.predictor_dim),
+    ):
+        _check_positions(tensors.pop(table, None), dim, config)
+        weights |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    _on_meta(lambda: IJEPA(config), weights)
+    model = IJEPA(config)
+    model.load_state_dict(weights)
+    return model
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file into one line."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except (*DAMAGED, OSError, ValueError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is no checkpoint, or is truncated or damaged ({reason})"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+
+
+def _load(path: Path, mmap: bool):
+    """What torch.save wrote. With `mmap`, tensors stay in the file until they are used."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch.save writes since 2020
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            if zipped:  # torch does not look at the checksums, and loads whatever is there
+                with zipfile.ZipFile(path) as archive:
+                    if record := archive.testzip():
+                        raise zipfile.BadZipFile(f"{record} does not match its checksum")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except Exception as error:  # unpicklers raise almost anything on damaged files
+        if code := _code_in(path, error):
+            raise ValueError(
+                f"is no checkpoint to trust: reading it would run code ({code}), so it was not "
+                "read. Ask its maker for a file of tensors alone"
+            ) from error
+        # What torch says of pickles that it does not know is advice to trust them.
+        known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile) and str(error)
+        reason = str(error).splitlines()[0].split(". ")[0] if known else type(error).__name__
+        raise ValueError(
+            f"is no checkpoint, or is truncated or damaged ({reason}): copy it again"
         ) from error
+
+
+def _code_in(path: Path, error: Exception) -> str | None:
+    """What torch refused to call while it read a file, such as posix.system, if that was it."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return found[1]
+    # Pickles of newer protocols torch does not read at all. To list what is in them runs nothing.
+    with suppress(Exception):  # it need not be a pickle
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                return _first_call(file)
+        with zipfile.ZipFile(path) as archive:
+            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(record) as file:
+                return _first_call(file)
+    return None
+
+
+def _first_call(pickled: IO[bytes]) -> str | None:
+    """The first function outside of torch and collections that a pickle of protocol 4 names."""
+    strings = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str):
+            strings.append(argument)
+        elif opcode.name == "STACK_GLOBAL":
+            name = ".".join(strings[-2:])
+            if not name.startswith(("torch.", "collections.")):
+                return name
+    return None
+
+
+def _need(found: Mapping, kinds: Mapping[str, type]) -> None:
+    """Raise ValueError if an entry is missing or of another kind."""
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"lacks its {name}: it was not written as it should be, or altered")
+
+
+def _check_tensors(weights: object, part: str) -> None:
+    """Raise ValueError if this is no state dict of plain tensors, which the file does hold."""
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"is no I-JEPA checkpoint: it has no weights called {part}")
+    for name, x in weights.items():
+        plain = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+        # A view can claim any size: of one number, repeated.
+        if not plain or not x.is_floating_point() or x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError(f"has no plain tensor of numbers for {name} in its {part}")
+
+
+def _released(checkpoint: object, part: str) -> dict[str, Tensor]:
+    """The state dict of one network of a released file, without `module.`."""
+    weights = checkpoint.get(part) if isinstance(checkpoint, Mapping) else None
+    _check_tensors(weights, part)
+    return {name.removeprefix("module."): x for name, x in weights.items()}
+
+
+def _layers(weights: Mapping[str, Tensor], blocks: str) -> int:
+    """How many layers there are weights for."""
+    return sum(bool(re.fullmatch(rf"{blocks}\.\d+\.norm1\.bias", name)) for name in weights)
+
+
+def _sizes(weights: Mapping[str, Tensor]) -> dict:
+    """Of an encoder's architecture what its tensors tell."""
+    shapes = {}
+    for name, ndim in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.bias", 1)):
+        if name not in weights or weights[name].ndim != ndim:
+            raise ValueError(f"is no I-JEPA encoder: it lacks {name}, or has another kind of it")
+        shapes[name] = weights[name].shape
+    (dim, in_chans, patch_size, _), (hidden,) = shapes.values()
+    return {
+        "patch_size": patch_size, "in_chans": in_chans, "embed_dim": dim,
+        "depth": _layers(weights, "blocks"), "mlp_ratio": hidden / max(1, dim),
+    }  # fmt: skip
+
+
+def _config(fields: Mapping) -> IJEPAConfig:
+    """The architecture that a file asks for, if there can be such a one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(IJEPAConfig)}
+    if unknown := sorted(str(name) for name in fields.keys() - defaults.keys()):
+        raise ValueError(
+            f"has an architecture of another version, with {', '.join(unknown)}: use the version "
+            "of this project that wrote it, or a newer one"
+        )
+    for name, value in fields.items():
+        kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
+        values = value if name == "img_size" and isinstance(value, tuple) else (value,)
+        if not all(type(x) in kinds for x in values) or len(values) > 2:
+            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
+        if float in kinds and not 0 <= value < math.inf:
+            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
+    try:
+        config = IJEPAConfig(**fields)
+        patches = math.prod(grid_of(config.img_size, config.patch_size))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"has an impossible architecture: {error}") from error
+    if patches > MAX_PATCHES:
+        raise ValueError(f"has an impossible architecture: {patches:,} patches an image")
+    return config
+
+
+def _on_meta(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network on the meta device, if these weights have all its names and shapes."""
+    try:
+        with torch.device("meta"):
+            network = build()
+    except (RuntimeError, OverflowError) as error:  # of sizes that no tensor can have
+        raise ValueError(
+            f"has an impossible architecture ({str(error).splitlines()[0]})"
+        ) from error
+    expected = network.state_dict()
+    for what, names in (
+        ("lacks the weights", expected.keys() - weights.keys()),
+        ("has weights that the architecture lacks:", weights.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{what} {min(names)}{more}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            wanted = tuple(expected[name].shape)
+            raise ValueError(f"has {name} of shape {tuple(tensor.shape)}, where {wanted} is needed")
+    return network
+
+
+def _check_positions(stored: Tensor | None, dim: int, config: IJEPAConfig) -> None:
+    """Positions (1, N, dim) are fixed, so what a file has must be what we compute."""
+    grid = grid_of(config.img_size, config.patch_size)
+    if stored is None or stored.shape != (1, math.prod(grid), dim):
+        found = "none" if stored is None else tuple(stored.shape)
+        raise ValueError(f"lacks the positions of a {grid[0]}x{grid[1]} grid ({found})")
+    # float16 and bfloat16 cannot hold them more exactly than this.
+    atol = max(1e-5, torch.finfo(stored.dtype).eps)
+    off = (stored[0].float() - sincos_positions(dim, grid)).abs().max().item()
+    if not off <= atol:
+        raise ValueError(f"has other positions than sine and cosine (off by {off:.2g}): not I-JEPA")
+
+
+def _frozen(c: IJEPAConfig, weights: Mapping[str, Tensor]) -> ViT:
+    """An encoder that *is* these weights, without a copy of them (of float32 ones)."""
+    encoder = _on_meta(
+        lambda: ViT(
+            c.img_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans,
+            c.norm_eps,
+        ),
+        weights,
+    )  # fmt: skip
+    encoder.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
+    encoder.pos_embed = sincos_positions(c.embed_dim, encoder.grid)  # in no file: it was on meta
+    return encoder.eval().requires_grad_(False)
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _architecture(checkpoint: object) -> IJEPAConfig:
+    """The architecture of a checkpoint of train.py, which its weights must have."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is no checkpoint of train.py")
-    return checkpoint
+        raise ValueError("is no checkpoint of train.py")
+    _need(checkpoint, {"config": dict, "architecture": dict, "model": dict, "step": int})
+    config, weights = _config(checkpoint["architecture"]), checkpoint["model"]
+    _check_tensors(weights, "model")
+    for blocks, depth in (
+        ("encoder.blocks", config.depth),
+        ("predictor.predictor_blocks", config.predictor_depth),
+    ):
+        if (found := _layers(weights, blocks)) != depth:  # before that many are built
+            raise ValueError(f"has {found} {blocks}, where its architecture has {depth}")
+    _on_meta(lambda: IJEPA(config), weights)
+    return config
+
+
+def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
+    """An encoder of train.py's or of the released code's file."""
+    checkpoint = _load(path, mmap=True)
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT:
+        config, start = _architecture(checkpoint), NETWORKS[which] + "."
+        weights = {
+            name.removeprefix(start): x
+            for name, x in checkpoint["model"].items()
+            if name.startswith(start)
+        }
+        of_run = checkpoint["config"], checkpoint["step"]
+        return Loaded(_frozen(config, weights), "ijepa", which, _sha256([path]), *of_run)
+    if not isinstance(checkpoint, Mapping) or not checkpoint.keys() & set(NETWORKS.values()):
+        raise ValueError("is no checkpoint of train.py, nor of the released code")
+    holds = next(w for w in (which, *NETWORKS) if NETWORKS[w] in checkpoint)
+    weights = _released(checkpoint, NETWORKS[holds])
+    config = _config(_released_sizes(weights, num_heads))
+    _check_positions(weights.pop("pos_embed", None), config.embed_dim, config)
+    note = _note(path, holds, which)
+    return Loaded(_frozen(config, weights), "released", holds, _sha256([path]), note=note)
+
+
+def _note(path: Path, holds: str, wanted: str) -> str:
+    """What to say if a file has another encoder than wanted."""
+    why = "the paper evaluates the target encoder" if holds == "context" else "not the context one"
+    return "" if holds == wanted else f"{path} holds the {holds} encoder alone; {why}"
+
+
+def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
+    """The architecture of a released encoder, from its tensors and from what is known of them."""
+    sizes, positions = _sizes(weights), weights.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        raise ValueError("is no released I-JEPA checkpoint: it lacks the positions")
+    sizes["img_size"] = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+    known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
+    sizes["num_heads"] = num_heads or known.get(sizes["embed_dim"])
+    if sizes["num_heads"] is None:
+        width = sizes["embed_dim"]
+        raise ValueError(f"has width {width}, which does not tell its heads: give num_heads")
+    return sizes
+
+
+LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)"  # any of the names
+# transformers' names of a layer's parts: in its files, and in its modules since version 5.
+HF_LAYER = {
+    "norm1": ("layernorm_before", "layernorm_before"),
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm2": ("layernorm_after", "layernorm_after"),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
+}
+HF_OTHERS = {
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "pos_embed": "embeddings.position_embeddings",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+OURS = {theirs: ours for ours, names in HF_LAYER.items() for theirs in names}
+OURS |= {theirs: ours for ours, theirs in HF_OTHERS.items()}
+
+
+def _our_name(name: str) -> str:
+    """transformers' name of a tensor in ours; one that it does not know stays as it is."""
+    name = name.removeprefix("ijepa.")  # inside of a classifier
+    if found := re.fullmatch(LAYER, name):
+        layer, part, kind = found.groups()
+        return f"blocks.{layer}.{OURS.get(part, part)}.{kind}"
+    return OURS.get(name, name)
+
+
+def _load_huggingface(path: Path, which: str) -> Loaded:
+    """The encoder of a folder of transformers or of `export`, or of one .safetensors file in it."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        wanted = "neither last.pt nor config.json" if path.is_dir() else "no config.json beside it"
+        raise ValueError(f"has {wanted}: a run or a Hugging Face folder has one")
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != "ijepa" or config.get("hidden_act", "gelu") != "gelu":
+        kind = f"{config.get('model_type')}, {config.get('hidden_act', 'gelu')}"
+        raise ValueError(f"is no I-JEPA model of transformers (its config.json says {kind})")
+    files = _shards(folder) if path.is_dir() else [path]
+    weights, metadata = {}, {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                metadata |= opened.metadata() or {}
+                for name in opened.keys():  # noqa: SIM118, it is no dict
+                    weights[_our_name(name)] = opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"has weights in {file.name} that are truncated or damaged ({error}): copy it again"
+        ) from error
+    # Of no concern: what a classifier has on top.
+    weights = {n: x for n, x in weights.items() if not n.startswith(("classifier.", "pooler."))}
+    _check_tensors(weights, "safetensors")
+
+    sizes = _sizes(weights)
+    for name, found in (
+        ("hidden_size", sizes["embed_dim"]),
+        ("num_hidden_layers", sizes["depth"]),
+        ("intermediate_size", round(sizes["embed_dim"] * sizes["mlp_ratio"])),
+        ("num_channels", sizes["in_chans"]),
+        ("patch_size", sizes["patch_size"]),
+    ):
+        if config.get(name) not in (found, [found, found]):
+            said = config.get(name)
+            raise ValueError(f"has {name} {said} in its config.json, but {found} in its weights")
+    img_size = config.get("image_size")
+    c = _config(
+        sizes
+        | {"img_size": tuple(img_size) if isinstance(img_size, list) else img_size}
+        | {"num_heads": config.get("num_attention_heads")}
+        | {"norm_eps": config.get("layer_norm_eps")}
+    )
+    _check_positions(weights.pop("pos_embed", None), c.embed_dim, c)
+    for layer in range(c.depth):
+        for kind in ("weight", "bias"):  # three linear maps there, one here
+            _join(weights, [f"blocks.{layer}.attn.{x}.{kind}" for x in ("q", "k", "v", "qkv")])
+
+    # Only our own files say which encoder they hold; transformers' and timm's converters of the
+    # released files take the context encoder.
+    holds = metadata.get("encoder", "context")
+    if holds not in NETWORKS:
+        raise ValueError(f"holds the encoder {holds!r}: neither target nor context")
+    note = _note(path, holds, which)
+    if note and "encoder" not in metadata:
+        note = (
+            f"{path} holds the context encoder, as Hugging Face and timm do of the released files; "
+            "the paper evaluates the target encoder"
+        )
+    return Loaded(_frozen(c, weights), "huggingface", holds, _sha256(files), note=note)
+
+
+def _join(weights: dict[str, Tensor], names: list[str]) -> None:
+    """Put the first three tensors together to the fourth, in place, if they are there."""
+    parts = [weights.pop(name) for name in names[:3] if name in weights]
+    if not parts:
+        return
+    if len(parts) < 3 or len({x.shape for x in parts}) > 1:
+        raise ValueError(f"lacks one of {', '.join(names[:3])}, or has them of different shapes")
+    weights[names[3]] = torch.cat(parts)
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has a {path.name} that is truncated or damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"has a {path.name} that is no JSON object")
+    return found
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the weights of a folder are in."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not (folder / "model.safetensors.index.json").is_file():
+        raise ValueError("has no model.safetensors (pickled weights are not read)")
+    index = _read_json(folder / "model.safetensors.index.json")
+    _need(index, {"weight_map": dict})
+    names = {str(name) for name in index["weight_map"].values()}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"lacks {name}, which its model.safetensors.index.json names")
+    return [folder / name for name in sorted(names)]
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a model on Hugging Face, downloaded once; UserError if there is none."""
+    missing = f"there is no file or folder {name}"
+    file_like = Path(name).suffix in (".pt", ".pth", ".tar", ".safetensors")
+    if file_like or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(missing)
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f"{missing}; for a model on Hugging Face, first: pip install huggingface_hub"
+        ) from error
+    try:
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(f"{missing}, and no such public model on Hugging Face") from error
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{missing}, and Hugging Face cannot be reached: check the network, or give a folder"
+        ) from error
+    except Exception as error:  # of its network library, which has changed before
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{missing}, and Hugging Face did not give it ({reason})") from error
+
+
+def export(encoder: ViT, folder: Path, which: str) -> None:
+    """Write an encoder for other projects: float32, as it is.
+
+    `config.json` and `model.safetensors` are what `transformers.IJepaModel.from_pretrained(folder)`
+    reads, and `timm.safetensors` is a state dict of timm's VisionTransformer, without class token
+    and with the average *after* the last norm, as in ours (fc_norm=False). README.md has the calls.
+
+    Args:
+        encoder: the network, on any device.
+        folder: made if it is not there; files of the same names are replaced.
+        which: "target" or "context", to be noted in the files.
+    Raises:
+        UserError: a file cannot be written.
+    """
+    if which not in NETWORKS:
+        raise ValueError(f"which is {which!r}: choose target or context")
+    first = encoder.blocks[0]
+    size = tuple(side * encoder.patch_size for side in encoder.grid)  # (height, width)
+    hidden, in_chans = first.mlp.fc1.out_features, encoder.patch_embed.proj.in_channels
+    config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": encoder.embed_dim,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "intermediate_size": hidden,
+        "hidden_act": "gelu",
+        "layer_norm_eps": encoder.norm.eps,
+        "image_size": size[0] if size[0] == size[1] else size,
+        "patch_size": encoder.patch_size,
+        "num_channels": in_chans,
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    weights = {name: x.detach().float().cpu() for name, x in encoder.state_dict().items()}
+    weights["pos_embed"] = encoder.pos_embed.float().cpu()[None]  # (1, N, D)
+    theirs = {}
+    for name, tensor in weights.items():
+        if name in HF_OTHERS:
+            theirs[HF_OTHERS[name]] = tensor
+            continue
+        layer, part, kind = re.fullmatch(LAYER, name).groups()
+        parts = {part: tensor}
+        if part == "attn.qkv":  # (3 D, ...) -> three of (D, ...)
+            parts = {f"attn.{x}": t.clone() for x, t in zip("qkv", tensor.chunk(3), strict=True)}
+        for part, tensor in parts.items():
+            theirs[f"encoder.layer.{layer}.{HF_LAYER[part][0]}.{kind}"] = tensor
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "encoder": which}
+    for name, tensors in (("model.safetensors", theirs), ("timm.safetensors", weights)):
+        with whole_file(folder / name) as temporary:
+            try:
+                save_file(tensors, temporary, metadata)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+    # timm rounds the product down, so the quotient itself may give one less.
+    ratios = (hidden / encoder.embed_dim, (hidden + 0.5) / encoder.embed_dim)
+    ratio = next(r for r in ratios if int(encoder.embed_dim * r) == hidden)
+    readme = EXPORT_README.format(
+        **config, which=which, size=size, mlp_ratio=ratio, mean=MEAN, std=STD
+    )
+    for name, text in (
+        ("README.md", readme), ("config.json", json.dumps(config, indent=2) + "\n")
+    ):  # fmt: skip
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text)
+
+
+EXPORT_README = """\
+# An I-JEPA encoder: the {which} encoder
+
+Images are (B, {num_channels}, {size[0]}, {size[1]}), scaled to 0 to 1, then normalised with the
+mean {mean} and the standard deviation {std}.
+
+With transformers, (B, N, {hidden_size}), one vector for each patch:
+
+```python
+from transformers import IJepaModel
+
+model = IJepaModel.from_pretrained(".")
+patches = model(images).last_hidden_state
+```
+
+With timm, (B, {hidden_size}), the average of the patches:
+
+```python
+from functools import partial
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+model = timm.create_model(
+    "vit_base_patch16_224", num_classes=0, class_token=False, global_pool="avg", fc_norm=False,
+    img_size={size}, patch_size={patch_size}, in_chans={num_channels}, embed_dim={hidden_size},
+    depth={num_hidden_layers}, num_heads={num_attention_heads}, mlp_ratio={mlp_ratio},
+    norm_layer=partial(torch.nn.LayerNorm, eps={layer_norm_eps}),
+)
+model.load_state_dict(load_file("timm.safetensors"))
+features = model.eval()(images)
+```
+"""
 
 
 # ------------------------------------------------------------------------------------- comparing
@@ -1486,7 +2098,7 @@ def main() -> None:
     config = configure()
     loaded = load_encoder(config.checkpoint, config.encoder, config.heads)
     if config.export is not None:
-        export(loaded.encoder, Path(config.export))
+        export(loaded.encoder, Path(config.export), loaded.which)
         print(f"wrote {config.export}: the {loaded.which} encoder, for transformers and timm")
         return
     with placed(config.device) as place:
@@ -1509,7 +2121,7 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
             out.mkdir(parents=True, exist_ok=True)
 
     setup = set_up(config, loaded, place, home / "features")
-    protocol = {"frozen": probe_frozen, "augment": probe_augmented, "finetune": probe_fine_tuned}
+    protocol = {"frozen": probe_frozen}
     if place.main:
         tqdm.write(describe(setup))
     found = protocol[config.protocol](setup)

@@ -95,10 +95,15 @@ def test_python_blocks_run(code):
 def test_set_up_lines_install_the_requirements_and_run_what_they_say():
     lines = re.findall(r"<!-- (demo|test) command -->\n```bash\n(.*)\n```", README)
     assert [name for name, _ in lines] == ["demo", "test"]
-    for _, line in lines:
+    files = ("requirements.txt", "tests/requirements.txt")
+    for (_, line), needed in zip(lines, files, strict=True):
         assert line.startswith(
-            "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+            f"python3 -m venv .venv && .venv/bin/pip install -q -r {needed} && .venv/bin/python "
         )
+        assert (ROOT / needed).is_file()
+    # What is only tested with is not asked of those who only train.
+    assert "-r ../requirements.txt" in (ROOT / "tests/requirements.txt").read_text().splitlines()
+    assert "pytest" not in (ROOT / "requirements.txt").read_text()
     assert lines[0][1].endswith(".venv/bin/python train.py")
     assert lines[1][1].endswith(".venv/bin/python -m pytest -q")
 
