@@ -79,6 +79,7 @@ def parse_options(cls: type, description: str, argv: list[str] | None = None):
             kwargs |= {"type": kind, "choices": field.metadata["choices"]}
             kwargs |= {} if field.metadata["choices"] else {"metavar": kind.__name__.upper()}
         if field.metadata["positional"]:
+            kwargs["metavar"] = field.name.upper()
             parser.add_argument(field.name, nargs="?", **kwargs)
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
