@@ -79,6 +79,7 @@ def parse_options(cls: type, description: str, argv: list[str] | None = None):
             kwargs |= {"type": kind, "choices": field.metadata["choices"]}
             kwargs |= {} if field.metadata["choices"] else {"metavar": kind.__name__.upper()}
         if field.metadata["positional"]:
+            kwargs["metavar"] = field.name.upper()
             parser.add_argument(field.name, nargs="?", **kwargs)
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
@@ -180,6 +181,12 @@ def placed(device: str | None) -> Iterator[Place]:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
     yield Place(rank, world_size, gpu or torch.device("cpu"))
     dist.destroy_process_group()  # not after an error: it would wait for the others
+
+
+def cores() -> int:
+    """Cores of this machine for each of its processes."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return max(1, len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def main_first(place: Place, function):

@@ -52,9 +52,7 @@ Where this differs from the paper (P) or from the code its authors released (R),
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -475,9 +473,6 @@ class MaskCollator:
 
 # ------------------------------------------------------------------------- the method (Section 3)
 
-# What reading a file raises that is no checkpoint, or only a part of one.
-DAMAGED = (LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
-
 
 class IJEPA(nn.Module):
     """Context encoder, predictor and target encoder, and the loss between them."""
@@ -535,48 +530,6 @@ class IJEPA(nn.Module):
         pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
         for target, online in pairs:
             target.lerp_(online, 1 - momentum)
-
-    @classmethod
-    def from_released(cls, checkpoint, num_heads: int | None = None) -> "IJEPA":
-        """The three networks of a checkpoint in the format of the released code.
-
-        Args:
-            checkpoint: a path (no code in the file is run), or the loaded dict with `encoder`,
-                `predictor` and `target_encoder`; a `module.` before names is dropped.
-            num_heads: only for widths that no released model has: weights do not tell it.
-        Raises:
-            ValueError: it is no such checkpoint, or `num_heads` is missing or does not fit.
-        """
-        try:
-            if not isinstance(checkpoint, Mapping):
-                checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            weights = {
-                f"{part}.{name.removeprefix('module.')}": tensor
-                for part in ("encoder", "predictor", "target_encoder")
-                for name, tensor in checkpoint[part].items()
-            }
-            positions = {n: weights.pop(n) for n in list(weights) if n.endswith("pos_embed")}
-            side = math.isqrt(positions["encoder.pos_embed"].shape[1])
-            dim, in_chans, patch_size = weights["encoder.patch_embed.proj.weight"].shape[:3]
-            heads = {m.config.embed_dim: m.config.num_heads for m in MODELS.values()}
-            if (heads := num_heads or heads.get(dim)) is None:
-                raise ValueError(f"width {dim} does not tell the number of heads: give num_heads")
-            layers = [n.split(".")[:2] for n in weights if n.endswith("norm1.bias")]
-            config = IJEPAConfig(
-                img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim,
-                depth=layers.count(["encoder", "blocks"]), num_heads=heads, predictor_heads=heads,
-                mlp_ratio=len(weights["encoder.blocks.0.mlp.fc1.bias"]) / dim,
-                predictor_dim=weights["predictor.mask_token"].shape[-1],
-                predictor_depth=layers.count(["predictor", "predictor_blocks"]),
-            )  # fmt: skip
-            model = cls(config)
-            for name, stored in positions.items():  # fixed, so they must be what we compute
-                if not torch.allclose(stored[0], model.get_buffer(name), atol=1e-5):
-                    raise ValueError(f"{name} is not the sine-cosine table of its grid")
-            model.load_state_dict(weights)
-        except DAMAGED as error:
-            raise ValueError(f"no released I-JEPA checkpoint, or damaged: {error!r}") from error
-        return model
 
 
 # ------------------------------------------------------------ schedules and optimizer (App. A.1)

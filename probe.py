@@ -1,51 +1,101 @@
 """What has the encoder learned? Frozen features, and simple readers on top of them.
 
+    python probe.py runs/vit_tiny_cifar10                              # kNN and linear probe
+    python probe.py runs/vit_tiny_cifar10 --data shapes                # other pictures, other tasks
+    python probe.py runs/vit_tiny_cifar10 --per-class 13               # few labels
+    python probe.py runs/vit_tiny_cifar10 --finetune                   # train the encoder too
+    python probe.py IN1K-vit.h.14-300e.pth.tar --data path/to/folder   # the released weights
+    python probe.py facebook/ijepa_vith14_1k --data cifar100           # and Hugging Face's
+    python probe.py runs/vit_tiny_cifar10 --export vit_tiny            # for transformers and timm
+
 The protocol is that of Assran et al., CVPR 2023, Appendix A.2: the patches of a layer are averaged
 to one vector an image; a linear classifier, or batch norm and a linear classifier, reads the last
 layer or the last four; learning rate and weight decay are swept. Where the paper is silent, on the
 choice among them, it is made here on held-out training images: the test set is read once, by the
-winner.
+winner. Raw pixels and the same encoder untrained stand beside it.
+
+The report (probe.json, and pictures) goes beside the run, into probe_<data>; features are kept in
+the folder features, and not computed twice.
 
 Letters, in every shape comment of this file:
 
     n  images             C  classes                           S  seeds
     D  feature width      Q  settings: pairs of rate, decay    b  images in a batch
-    k  neighbours
+    k  neighbours         F  numbers of one image: D, several times D, or its pixels
 """
 
 import copy
+import dataclasses
+import hashlib
+import json
 import math
-import struct
+import pickletools
+import re
+import shlex
+import sys
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice
+from datetime import datetime
+from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
     MEAN,
+    NAMED,
+    STD,
     Folder,
     Pictures,
     Place,
     Plan,
     UserError,
+    bf16_pays,
+    cores,
+    default_sizes,
     enlarge,
     eval_batches,
+    fingerprint,
     generator_for,
+    has_test,
+    hold_out,
+    load_data,
+    main_first,
+    option,
+    parse_options,
+    placed,
     progress,
+    run_script,
     train_batches,
+    whole_file,
+    writing,
 )
-from ijepa import DAMAGED, Range, ViT, cosine, grid_of, learning_rate
+from ijepa import (
+    IJEPA,
+    MODELS,
+    IJEPAConfig,
+    Range,
+    ViT,
+    cosine,
+    grid_of,
+    init_weights,
+    learning_rate,
+    sincos_positions,
+)
 
 # ------------------------------------------------------------------------------------- features
 
@@ -125,51 +175,6 @@ def at_once(encoder: ViT, size: int | None, device: torch.device, train: bool = 
         kept = 4 * 15 * tokens * len(encoder.blocks)
         return max(1, int((16e9 if device.type == "cuda" else 2e9) / kept))
     return min(max(2**25 // tokens, 8), 2048 if device.type == "cuda" else 500)
-
-
-def shared_features(
-    encoder: ViT,
-    data: Pictures | Folder,
-    index: Tensor,
-    place: Place,
-    *,
-    layers: int = 1,
-    size: int | None = None,
-    bf16: bool = False,
-    workers: int = 0,
-    what: str = "features",
-    everywhere: bool = False,
-) -> Tensor:
-    """`pooled_features` of the pictures `index`, by all processes together.
-
-    Args:
-        size: pixels a side, if other than the pictures have.
-        what: for the progress bar.
-        everywhere: all processes get the features; by default the main one, the others nothing.
-        The others are those of `pooled_features` and `eval_batches`.
-    Returns:
-        (n, layers * D) float32 on the CPU.
-    """
-    world, rank = (place.world_size, place.rank) if len(index) >= 8 * place.world_size else (1, 0)
-    mine = index[rank::world]
-    batch_size = at_once(encoder, size, place.device)
-    batches = eval_batches(data, mine, batch_size, place.device, workers, size)
-    bar = progress(batches, what, f" x {batch_size}") if place.main else batches
-    if place.main:
-        bar.total = math.ceil(len(mine) / batch_size)
-    part = pooled_features(encoder, bar, layers, place.device, bf16)
-    if world == 1:
-        return part
-    wanted = place.main or everywhere
-    whole = torch.empty(len(index) if wanted else 0, part.shape[1])
-    for start in range(0, len(index), 8192 * world):  # in pieces: ImageNet's do not fit a GPU
-        piece = torch.zeros(min(8192 * world, len(index) - start), part.shape[1])
-        piece[rank::world] = part[start // world :][: len(piece[rank::world])]
-        piece = piece.to(place.device)
-        dist.all_reduce(piece)
-        if wanted:
-            whole[start : start + len(piece)] = piece.cpu()
-    return whole
 
 
 def _broken(features: Tensor) -> Tensor:
@@ -821,9 +826,9 @@ class _LARSHeads:
         self.bias = torch.zeros_like(self.weight[..., :1])  # (S, Q, C, 1)
         self.weight_velocity = torch.zeros_like(self.weight)
         self.bias_velocity = torch.zeros_like(self.bias)
-        self.norm = torch.nn.Identity()
+        self.norm = nn.Identity()
         if head == "bn":  # `momentum=None`: the running moments are those of all steps, averaged
-            self.norm = torch.nn.BatchNorm1d(width, BN_EPS, momentum=None, affine=False).to(device)
+            self.norm = nn.BatchNorm1d(width, BN_EPS, momentum=None, affine=False).to(device)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, factor: float) -> None:
@@ -861,7 +866,7 @@ class _LARSHeads:
     def folded(self, q: int) -> tuple[Tensor, Tensor]:
         """One setting as a map from features as they come to logits: (S, C, D) and (S, C)."""
         weight, bias = self.weight[:, q].double(), self.bias[:, q, :, 0].double()
-        if isinstance(self.norm, torch.nn.BatchNorm1d):
+        if isinstance(self.norm, nn.BatchNorm1d):
             weight = weight / (self.norm.running_var.double() + BN_EPS).sqrt()
             bias = bias - weight @ self.norm.running_mean.double()
         return weight.float().cpu(), bias.float().cpu()
@@ -981,7 +986,7 @@ def fine_tune(
     return FineTuned(tuple(val), tuple(test), stacked, epochs)
 
 
-class _Classifier(torch.nn.Module):
+class _Classifier(nn.Module):
     """A copy of an encoder, and a linear head on the mean of its patches."""
 
     def __init__(self, encoder: ViT, num_classes: int, drop_path: float = 0.0):
@@ -989,9 +994,9 @@ class _Classifier(torch.nn.Module):
 
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(True)
-        self.head = torch.nn.Linear(encoder.embed_dim, num_classes)
-        torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         blocks = self.encoder.blocks
         for block, p in zip(
             blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True
@@ -1228,8 +1233,27 @@ def confusion(y_true: Tensor, y_pred: Tensor, num_classes: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------- checkpoints
+# Files come from anywhere, so nothing in them is believed. No code in them is run, what they say of
+# sizes must be what their tensors have, and networks are built on the meta device, which takes no
+# memory, until everything agrees. Functions that begin with _ raise ValueError for what is wrong
+# with a file, in words that follow its name.
 
 CHECKPOINT_FORMAT = "ijepa-1"
+NETWORKS = {"target": "target_encoder", "context": "encoder"}  # ours and the released names
+MAX_PATCHES = 2**16  # 256 x 256: positions take memory, and only the file's word stands for them
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An encoder to be probed, and what is known of it."""
+
+    encoder: ViT  # float32 on the CPU, in evaluation mode, without gradients
+    kind: str  # "ijepa" (of train.py), "released" or "huggingface"
+    which: str  # "target" or "context": what it is, whatever was asked for
+    sha256: str  # of the file; of several (sharded weights), of one after the other
+    config: dict | None = None  # the training configuration, if the file has one
+    step: int | None = None
+    note: str = ""  # what the reader of a table should know, in one line
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -1237,19 +1261,609 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Nothing in the file is run. Raises UserError if it is missing, damaged, or something else.
     """
+    path = Path(path)
+    with _blaming(path):
+        checkpoint = _load(path, mmap=False)
+        _architecture(checkpoint)
+        _need(checkpoint, {"optimizer": dict, "pictures": int, "best_knn": int | float})
+    return checkpoint
+
+
+def load_encoder(source: str, which: str = "target", num_heads: int | None = None) -> Loaded:
+    """The encoder in a file or a folder, of this project or of others.
+
+    What is read: checkpoints of train.py, or a run's folder for its last.pt; files in the format of
+    the released code; Hugging Face folders of I-JEPA with safetensors, and the names of such models
+    there; what `export` writes.
+
+    Memory is bounded by this one encoder: other networks and the optimizer's state stay on the
+    disk, and so do its own weights until they are used, so leave the file alone until then.
+
+    Args:
+        source: a path, or a name such as facebook/ijepa_vith14_1k if there is no such path.
+        which: "target", which the paper evaluates (Appendix A.1), or "context". A file with one
+            encoder gives that one: see `which` and `note` of the result.
+        num_heads: only for files that lack it, the released ones, and only for widths that no
+            released model has.
+    Raises:
+        UserError: there is no such file, or it cannot be read, with the reason in one line.
+    """
+    if which not in NETWORKS:
+        raise ValueError(f"which is {which!r}: choose target or context")
+    path = Path(source)
+    with _blaming(path):
+        if (path / "last.pt").is_file():
+            path = path / "last.pt"
+        elif not path.exists():
+            path = _from_hub(str(source))
+    with _blaming(path):
+        if path.is_dir() or path.suffix == ".safetensors":
+            loaded = _load_huggingface(path, which)
+        else:
+            loaded = _load_checkpoint(path, which, num_heads)
+        heads = loaded.encoder.blocks[0].attn.num_heads
+        if num_heads not in (None, heads):
+            raise ValueError(f"has {heads} heads, not {num_heads}: leave their number out")
+    return loaded
+
+
+def released_model(checkpoint, num_heads: int | None = None) -> IJEPA:
+    """The three networks of a checkpoint in the format of the released code.
+
+    Args:
+        checkpoint: a path (no code in the file is run), or the loaded dict with `encoder`,
+            `predictor` and `target_encoder`; a `module.` before names is dropped.
+        num_heads: only for widths that no released model has: weights do not tell it.
+    Raises:
+        ValueError: it is no such checkpoint, or `num_heads` is missing or does not fit.
+    """
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = _load(Path(checkpoint), mmap=True)
+    encoder = _released(checkpoint, "encoder")
+    predictor = _released(checkpoint, "predictor")
+    target_encoder = _released(checkpoint, "target_encoder")
+    if "mask_token" not in predictor:
+        raise ValueError("is no released I-JEPA checkpoint: it lacks the predictor's mask_token")
+    sizes = _released_sizes(encoder, num_heads)
+    config = _config(
+        sizes | {
+            "predictor_dim": predictor["mask_token"].shape[-1],
+            "predictor_depth": _layers(predictor, "predictor_blocks"),
+            "predictor_heads": sizes["num_heads"],
+        }
+    )  # fmt: skip
+    weights = {}
+    for part, tensors, table, dim in (
+        ("encoder", encoder, "pos_embed", config.embed_dim),
+        ("target_encoder", target_encoder, "pos_embed", config.embed_dim),
+        ("predictor", predictor, "predictor_pos_embed", config.predictor_dim),
+    ):
+        _check_positions(tensors.pop(table, None), dim, config)
+        weights |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    _on_meta(lambda: IJEPA(config), weights)
+    model = IJEPA(config)
+    model.load_state_dict(weights)
+    return model
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file into one line."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except (*DAMAGED, OSError, ValueError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is no checkpoint, or is truncated or damaged ({reason})"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+
+
+def _load(path: Path, mmap: bool):
+    """What torch.save wrote. With `mmap`, tensors stay in the file until they are used."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch.save writes since 2020
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            if zipped:  # torch does not look at the checksums, and loads whatever is there
+                with zipfile.ZipFile(path) as archive:
+                    if record := archive.testzip():
+                        raise zipfile.BadZipFile(f"{record} does not match its checksum")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except Exception as error:  # unpicklers raise almost anything on damaged files
+        if code := _code_in(path, error):
+            raise ValueError(
+                f"is no checkpoint to trust: reading it would run code ({code}), so it was not "
+                "read. Ask its maker for a file of tensors alone"
+            ) from error
+        # What torch says of pickles that it does not know is advice to trust them.
+        known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile) and str(error)
+        reason = str(error).splitlines()[0].split(". ")[0] if known else type(error).__name__
+        raise ValueError(
+            f"is no checkpoint, or is truncated or damaged ({reason}): copy it again"
         ) from error
+
+
+def _code_in(path: Path, error: Exception) -> str | None:
+    """What torch refused to call while it read a file, such as posix.system, if that was it."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return found[1]
+    # Pickles of newer protocols torch does not read at all. To list what is in them runs nothing.
+    with suppress(Exception):  # it need not be a pickle
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                return _first_call(file)
+        with zipfile.ZipFile(path) as archive:
+            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(record) as file:
+                return _first_call(file)
+    return None
+
+
+def _first_call(pickled: IO[bytes]) -> str | None:
+    """The first function outside of torch and collections that a pickle of protocol 4 names."""
+    strings = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str):
+            strings.append(argument)
+        elif opcode.name == "STACK_GLOBAL":
+            name = ".".join(strings[-2:])
+            if not name.startswith(("torch.", "collections.")):
+                return name
+    return None
+
+
+def _need(found: Mapping, kinds: Mapping[str, type]) -> None:
+    """Raise ValueError if an entry is missing or of another kind."""
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"lacks its {name}: it was not written as it should be, or altered")
+
+
+def _check_tensors(weights: object, part: str) -> None:
+    """Raise ValueError if this is no state dict of plain tensors, which the file does hold."""
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"is no I-JEPA checkpoint: it has no weights called {part}")
+    for name, x in weights.items():
+        plain = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+        # A view can claim any size: of one number, repeated.
+        if not plain or not x.is_floating_point() or x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError(f"has no plain tensor of numbers for {name} in its {part}")
+
+
+def _released(checkpoint: object, part: str) -> dict[str, Tensor]:
+    """The state dict of one network of a released file, without `module.`."""
+    weights = checkpoint.get(part) if isinstance(checkpoint, Mapping) else None
+    _check_tensors(weights, part)
+    return {name.removeprefix("module."): x for name, x in weights.items()}
+
+
+def _layers(weights: Mapping[str, Tensor], blocks: str) -> int:
+    """How many layers there are weights for."""
+    return sum(bool(re.fullmatch(rf"{blocks}\.\d+\.norm1\.bias", name)) for name in weights)
+
+
+def _sizes(weights: Mapping[str, Tensor]) -> dict:
+    """Of an encoder's architecture what its tensors tell."""
+    shapes = {}
+    for name, ndim in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.bias", 1)):
+        if name not in weights or weights[name].ndim != ndim:
+            raise ValueError(f"is no I-JEPA encoder: it lacks {name}, or has another kind of it")
+        shapes[name] = weights[name].shape
+    (dim, in_chans, patch_size, _), (hidden,) = shapes.values()
+    return {
+        "patch_size": patch_size, "in_chans": in_chans, "embed_dim": dim,
+        "depth": _layers(weights, "blocks"), "mlp_ratio": hidden / max(1, dim),
+    }  # fmt: skip
+
+
+def _config(fields: Mapping) -> IJEPAConfig:
+    """The architecture that a file asks for, if there can be such a one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(IJEPAConfig)}
+    if unknown := sorted(str(name) for name in fields.keys() - defaults.keys()):
+        raise ValueError(
+            f"has an architecture of another version, with {', '.join(unknown)}: use the version "
+            "of this project that wrote it, or a newer one"
+        )
+    for name, value in fields.items():
+        kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
+        values = value if name == "img_size" and isinstance(value, tuple) else (value,)
+        if not all(type(x) in kinds for x in values) or len(values) > 2:
+            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
+        if float in kinds and not 0 <= value < math.inf:
+            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
+    try:
+        config = IJEPAConfig(**fields)
+        patches = math.prod(grid_of(config.img_size, config.patch_size))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"has an impossible architecture: {error}") from error
+    if patches > MAX_PATCHES:
+        raise ValueError(f"has an impossible architecture: {patches:,} patches an image")
+    return config
+
+
+def _on_meta(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network on the meta device, if these weights have all its names and shapes."""
+    try:
+        with torch.device("meta"):
+            network = build()
+    except (RuntimeError, OverflowError) as error:  # of sizes that no tensor can have
+        raise ValueError(
+            f"has an impossible architecture ({str(error).splitlines()[0]})"
+        ) from error
+    expected = network.state_dict()
+    for what, names in (
+        ("lacks the weights", expected.keys() - weights.keys()),
+        ("has weights that the architecture lacks:", weights.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{what} {min(names)}{more}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            wanted = tuple(expected[name].shape)
+            raise ValueError(f"has {name} of shape {tuple(tensor.shape)}, where {wanted} is needed")
+    return network
+
+
+def _check_positions(stored: Tensor | None, dim: int, config: IJEPAConfig) -> None:
+    """Positions (1, N, dim) are fixed, so what a file has must be what we compute."""
+    grid = grid_of(config.img_size, config.patch_size)
+    if stored is None or stored.shape != (1, math.prod(grid), dim):
+        found = "none" if stored is None else tuple(stored.shape)
+        raise ValueError(f"lacks the positions of a {grid[0]}x{grid[1]} grid ({found})")
+    # float16 and bfloat16 cannot hold them more exactly than this.
+    atol = max(1e-5, torch.finfo(stored.dtype).eps)
+    off = (stored[0].float() - sincos_positions(dim, grid)).abs().max().item()
+    if not off <= atol:
+        raise ValueError(f"has other positions than sine and cosine (off by {off:.2g}): not I-JEPA")
+
+
+def _frozen(c: IJEPAConfig, weights: Mapping[str, Tensor]) -> ViT:
+    """An encoder that *is* these weights, without a copy of them (of float32 ones)."""
+    encoder = _on_meta(
+        lambda: ViT(
+            c.img_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans,
+            c.norm_eps,
+        ),
+        weights,
+    )  # fmt: skip
+    encoder.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
+    encoder.pos_embed = sincos_positions(c.embed_dim, encoder.grid)  # in no file: it was on meta
+    return encoder.eval().requires_grad_(False)
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _architecture(checkpoint: object) -> IJEPAConfig:
+    """The architecture of a checkpoint of train.py, which its weights must have."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is no checkpoint of train.py")
-    return checkpoint
+        raise ValueError("is no checkpoint of train.py")
+    _need(checkpoint, {"config": dict, "architecture": dict, "model": dict, "step": int})
+    config, weights = _config(checkpoint["architecture"]), checkpoint["model"]
+    _check_tensors(weights, "model")
+    for blocks, depth in (
+        ("encoder.blocks", config.depth),
+        ("predictor.predictor_blocks", config.predictor_depth),
+    ):
+        if (found := _layers(weights, blocks)) != depth:  # before that many are built
+            raise ValueError(f"has {found} {blocks}, where its architecture has {depth}")
+    _on_meta(lambda: IJEPA(config), weights)
+    return config
+
+
+def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
+    """An encoder of train.py's or of the released code's file."""
+    checkpoint = _load(path, mmap=True)
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT:
+        config, start = _architecture(checkpoint), NETWORKS[which] + "."
+        weights = {
+            name.removeprefix(start): x
+            for name, x in checkpoint["model"].items()
+            if name.startswith(start)
+        }
+        of_run = checkpoint["config"], checkpoint["step"]
+        return Loaded(_frozen(config, weights), "ijepa", which, _sha256([path]), *of_run)
+    if not isinstance(checkpoint, Mapping) or not checkpoint.keys() & set(NETWORKS.values()):
+        raise ValueError("is no checkpoint of train.py, nor of the released code")
+    holds = next(w for w in (which, *NETWORKS) if NETWORKS[w] in checkpoint)
+    weights = _released(checkpoint, NETWORKS[holds])
+    config = _config(_released_sizes(weights, num_heads))
+    _check_positions(weights.pop("pos_embed", None), config.embed_dim, config)
+    note = _note(path, holds, which)
+    return Loaded(_frozen(config, weights), "released", holds, _sha256([path]), note=note)
+
+
+def _note(path: Path, holds: str, wanted: str) -> str:
+    """What to say if a file has another encoder than wanted."""
+    why = "the paper evaluates the target encoder" if holds == "context" else "not the context one"
+    return "" if holds == wanted else f"{path} holds the {holds} encoder alone; {why}"
+
+
+def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
+    """The architecture of a released encoder, from its tensors and from what is known of them."""
+    sizes, positions = _sizes(weights), weights.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        raise ValueError("is no released I-JEPA checkpoint: it lacks the positions")
+    sizes["img_size"] = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+    known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
+    sizes["num_heads"] = num_heads or known.get(sizes["embed_dim"])
+    if sizes["num_heads"] is None:
+        width = sizes["embed_dim"]
+        raise ValueError(f"has width {width}, which does not tell its heads: give num_heads")
+    return sizes
+
+
+LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)"  # any of the names
+# transformers' names of a layer's parts: in its files, and in its modules since version 5.
+HF_LAYER = {
+    "norm1": ("layernorm_before", "layernorm_before"),
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm2": ("layernorm_after", "layernorm_after"),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
+}
+HF_OTHERS = {
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "pos_embed": "embeddings.position_embeddings",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+OURS = {theirs: ours for ours, names in HF_LAYER.items() for theirs in names}
+OURS |= {theirs: ours for ours, theirs in HF_OTHERS.items()}
+
+
+def _our_name(name: str) -> str:
+    """transformers' name of a tensor in ours; one that it does not know stays as it is."""
+    name = name.removeprefix("ijepa.")  # inside of a classifier
+    if found := re.fullmatch(LAYER, name):
+        layer, part, kind = found.groups()
+        return f"blocks.{layer}.{OURS.get(part, part)}.{kind}"
+    return OURS.get(name, name)
+
+
+def _load_huggingface(path: Path, which: str) -> Loaded:
+    """The encoder of a folder of transformers or of `export`, or of one .safetensors file in it."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        wanted = "neither last.pt nor config.json" if path.is_dir() else "no config.json beside it"
+        raise ValueError(f"has {wanted}: a run or a Hugging Face folder has one")
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != "ijepa" or config.get("hidden_act", "gelu") != "gelu":
+        kind = f"{config.get('model_type')}, {config.get('hidden_act', 'gelu')}"
+        raise ValueError(f"is no I-JEPA model of transformers (its config.json says {kind})")
+    files = _shards(folder) if path.is_dir() else [path]
+    weights, metadata = {}, {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                metadata |= opened.metadata() or {}
+                for name in opened.keys():  # noqa: SIM118, it is no dict
+                    weights[_our_name(name)] = opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"has weights in {file.name} that are truncated or damaged ({error}): copy it again"
+        ) from error
+    # Of no concern: what a classifier has on top.
+    weights = {n: x for n, x in weights.items() if not n.startswith(("classifier.", "pooler."))}
+    _check_tensors(weights, "safetensors")
+
+    sizes = _sizes(weights)
+    for name, found in (
+        ("hidden_size", sizes["embed_dim"]),
+        ("num_hidden_layers", sizes["depth"]),
+        ("intermediate_size", round(sizes["embed_dim"] * sizes["mlp_ratio"])),
+        ("num_channels", sizes["in_chans"]),
+        ("patch_size", sizes["patch_size"]),
+    ):
+        if config.get(name) not in (found, [found, found]):
+            said = config.get(name)
+            raise ValueError(f"has {name} {said} in its config.json, but {found} in its weights")
+    img_size = config.get("image_size")
+    c = _config(
+        sizes
+        | {"img_size": tuple(img_size) if isinstance(img_size, list) else img_size}
+        | {"num_heads": config.get("num_attention_heads")}
+        | {"norm_eps": config.get("layer_norm_eps")}
+    )
+    _check_positions(weights.pop("pos_embed", None), c.embed_dim, c)
+    for layer in range(c.depth):
+        for kind in ("weight", "bias"):  # three linear maps there, one here
+            _join(weights, [f"blocks.{layer}.attn.{x}.{kind}" for x in ("q", "k", "v", "qkv")])
+
+    # Only our own files say which encoder they hold; transformers' and timm's converters of the
+    # released files take the context encoder.
+    holds = metadata.get("encoder", "context")
+    if holds not in NETWORKS:
+        raise ValueError(f"holds the encoder {holds!r}: neither target nor context")
+    note = _note(path, holds, which)
+    if note and "encoder" not in metadata:
+        note = (
+            f"{path} holds the context encoder, as Hugging Face and timm do of the released files; "
+            "the paper evaluates the target encoder"
+        )
+    return Loaded(_frozen(c, weights), "huggingface", holds, _sha256(files), note=note)
+
+
+def _join(weights: dict[str, Tensor], names: list[str]) -> None:
+    """Put the first three tensors together to the fourth, in place, if they are there."""
+    parts = [weights.pop(name) for name in names[:3] if name in weights]
+    if not parts:
+        return
+    if len(parts) < 3 or len({x.shape for x in parts}) > 1:
+        raise ValueError(f"lacks one of {', '.join(names[:3])}, or has them of different shapes")
+    weights[names[3]] = torch.cat(parts)
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has a {path.name} that is truncated or damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"has a {path.name} that is no JSON object")
+    return found
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the weights of a folder are in."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not (folder / "model.safetensors.index.json").is_file():
+        raise ValueError("has no model.safetensors (pickled weights are not read)")
+    index = _read_json(folder / "model.safetensors.index.json")
+    _need(index, {"weight_map": dict})
+    names = {str(name) for name in index["weight_map"].values()}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"lacks {name}, which its model.safetensors.index.json names")
+    return [folder / name for name in sorted(names)]
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a model on Hugging Face, downloaded once; UserError if there is none."""
+    missing = f"there is no file or folder {name}"
+    file_like = Path(name).suffix in (".pt", ".pth", ".tar", ".safetensors")
+    if file_like or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(missing)
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f"{missing}; for a model on Hugging Face, first: pip install huggingface_hub"
+        ) from error
+    try:
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(f"{missing}, and no such public model on Hugging Face") from error
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{missing}, and Hugging Face cannot be reached: check the network, or give a folder"
+        ) from error
+    except Exception as error:  # of its network library, which has changed before
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{missing}, and Hugging Face did not give it ({reason})") from error
+
+
+def export(encoder: ViT, folder: Path, which: str) -> None:
+    """Write an encoder for other projects: float32, as it is.
+
+    `config.json` and `model.safetensors` are what `transformers.IJepaModel.from_pretrained(folder)`
+    reads, and `timm.safetensors` is a state dict of timm's VisionTransformer, without class token
+    and with the average *after* the last norm, as in ours (fc_norm=False). README.md has the calls.
+
+    Args:
+        encoder: the network, on any device.
+        folder: made if it is not there; files of the same names are replaced.
+        which: "target" or "context", to be noted in the files.
+    Raises:
+        UserError: a file cannot be written.
+    """
+    if which not in NETWORKS:
+        raise ValueError(f"which is {which!r}: choose target or context")
+    first = encoder.blocks[0]
+    size = tuple(side * encoder.patch_size for side in encoder.grid)  # (height, width)
+    hidden, in_chans = first.mlp.fc1.out_features, encoder.patch_embed.proj.in_channels
+    config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": encoder.embed_dim,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "intermediate_size": hidden,
+        "hidden_act": "gelu",
+        "layer_norm_eps": encoder.norm.eps,
+        "image_size": size[0] if size[0] == size[1] else size,
+        "patch_size": encoder.patch_size,
+        "num_channels": in_chans,
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    weights = {name: x.detach().float().cpu() for name, x in encoder.state_dict().items()}
+    weights["pos_embed"] = encoder.pos_embed.float().cpu()[None]  # (1, N, D)
+    theirs = {}
+    for name, tensor in weights.items():
+        if name in HF_OTHERS:
+            theirs[HF_OTHERS[name]] = tensor
+            continue
+        layer, part, kind = re.fullmatch(LAYER, name).groups()
+        parts = {part: tensor}
+        if part == "attn.qkv":  # (3 D, ...) -> three of (D, ...)
+            parts = {f"attn.{x}": t.clone() for x, t in zip("qkv", tensor.chunk(3), strict=True)}
+        for part, tensor in parts.items():
+            theirs[f"encoder.layer.{layer}.{HF_LAYER[part][0]}.{kind}"] = tensor
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "encoder": which}
+    for name, tensors in (("model.safetensors", theirs), ("timm.safetensors", weights)):
+        with whole_file(folder / name) as temporary:
+            try:
+                save_file(tensors, temporary, metadata)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+    # timm rounds the product down, so the quotient itself may give one less.
+    ratios = (hidden / encoder.embed_dim, (hidden + 0.5) / encoder.embed_dim)
+    ratio = next(r for r in ratios if int(encoder.embed_dim * r) == hidden)
+    readme = EXPORT_README.format(
+        **config, which=which, size=size, mlp_ratio=ratio, mean=MEAN, std=STD
+    )
+    for name, text in (
+        ("README.md", readme), ("config.json", json.dumps(config, indent=2) + "\n")
+    ):  # fmt: skip
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text)
+
+
+EXPORT_README = """\
+# An I-JEPA encoder: the {which} encoder
+
+Images are (B, {num_channels}, {size[0]}, {size[1]}), scaled to 0 to 1, then normalised with the
+mean {mean} and the standard deviation {std}.
+
+With transformers, (B, N, {hidden_size}), one vector for each patch:
+
+```python
+from transformers import IJepaModel
+
+model = IJepaModel.from_pretrained(".")
+patches = model(images).last_hidden_state
+```
+
+With timm, (B, {hidden_size}), the average of the patches:
+
+```python
+from functools import partial
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+model = timm.create_model(
+    "vit_base_patch16_224", num_classes=0, class_token=False, global_pool="avg", fc_norm=False,
+    img_size={size}, patch_size={patch_size}, in_chans={num_channels}, embed_dim={hidden_size},
+    depth={num_hidden_layers}, num_heads={num_attention_heads}, mlp_ratio={mlp_ratio},
+    norm_layer=partial(torch.nn.LayerNorm, eps={layer_norm_eps}),
+)
+model.load_state_dict(load_file("timm.safetensors"))
+features = model.eval()(images)
+```
+"""
 
 
 # ------------------------------------------------------------------------------------- comparing
@@ -1336,3 +1950,833 @@ def format_table(rows: list[dict]) -> str:
             cells.append(f" | {row['knn']:14.1f} {linear:>12}")
         lines.append(f"{name:{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------- which pictures
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The pictures of an evaluation: to learn from, to choose settings on, to report on."""
+
+    train: Pictures | Folder
+    test: Pictures | Folder  # the same object as `train` if there is no test part
+    bank: Tensor  # (n_bank,) pictures of `train`: all that are labelled and not reported on
+    fit: Tensor  # (n_fit,) places in the bank: what linear heads learn from
+    choose: Tensor  # (n_choose,) places in the bank: held out, for every choice
+    report: Tensor  # (n_report,) pictures of `test`
+    reported: str  # what these are, in words
+
+    def labels(self, task: str) -> tuple[Tensor, Tensor]:
+        """Labels of the bank, (n_bank,), and of the pictures reported on, (n_report,)."""
+        return self.train.labels[task][self.bank], self.test.labels[task][self.report]
+
+
+def load_sets(
+    name: str, data_dir: str, img_size: int, place: Place, limit: int | None = None
+) -> Sets:
+    """The pictures of a set, split as `Sets` says; held out are the same ones as in training.
+
+    Half of the held-out pictures of a folder without `test/` or `val/` are there to choose on, the
+    other half to report on.
+
+    Args:
+        name, data_dir: as for `load_data`.
+        img_size: side in pixels that the encoder wants. Sets that are kept in memory are stored no
+            larger than they come, and enlarged when they are used.
+        place: where this process runs.
+        limit: at most so many training pictures and so many test pictures, drawn at random.
+    Raises:
+        UserError: the set cannot be had, or has too few labelled pictures.
+    """
+    if name in NAMED and name not in ("clevr", "imagenet"):
+        img_size = min(img_size, default_sizes(name, data_dir)[0])
+
+    def load(part: str) -> Pictures | Folder:
+        return main_first(place, lambda: load_data(name, part, data_dir, img_size, place.device))
+
+    train = load("train")
+    fit, choose = hold_out(train)
+    fit = fit[_labelled(train)[fit]]
+    if has_test(name, data_dir):
+        test = load("test")
+        report = _labelled(test).nonzero()[:, 0]
+        report = report[torch.randperm(len(report), generator=generator_for("report"))]
+        reported = f"{name}, test pictures"
+    else:
+        test, choose, report = train, choose[::2], choose[1::2]
+        reported = f"{name}, held-out training pictures: it has no test/ or val/"
+    if limit is not None:  # a tenth to choose on, as without a limit
+        choose = choose[: max(2, limit // 10)]
+        fit, report = fit[: limit - len(choose)], report[:limit]
+    if min(len(fit), len(choose), len(report)) < 2:
+        raise UserError(
+            f"{name} has too few labelled pictures: {len(fit)} to learn from, {len(choose)} to "
+            f"choose settings on, {len(report)} to report on"
+        )
+    places = torch.arange(len(fit) + len(choose)).split([len(fit), len(choose)])
+    return Sets(train, test, torch.cat([fit, choose]), *places, report, reported)
+
+
+def _labelled(data: Pictures | Folder) -> Tensor:
+    """(n,) bool: which pictures have a label, for the first task."""
+    return next(iter(data.labels.values())) >= 0
+
+
+def check_labels(task: str, names: Sequence[str], learn_y: Tensor, report_y: Tensor) -> None:
+    """Raise UserError if labels (n,) are too few to learn a task and be reported on (n_report,)."""
+    if len(learn_y) < len(names):
+        raise UserError(
+            f"{task}: only {len(learn_y)} pictures to learn {len(names)} classes from: give more"
+        )
+    seen = learn_y.unique()
+    if absent := [names[int(label)] for label in report_y.unique() if label not in seen]:
+        raise UserError(
+            f"{task}: no picture to learn from of {len(absent)} classes that are reported on, such "
+            f"as {absent[0]!r}: give more pictures"
+        )
+
+
+# ------------------------------------------------------------------------ features, kept on disk
+
+
+def shared_features(
+    encoder: ViT,
+    data: Pictures | Folder,
+    index: Tensor,
+    place: Place,
+    *,
+    layers: int = 1,
+    size: int | None = None,
+    bf16: bool = False,
+    workers: int = 0,
+    what: str = "features",
+    everywhere: bool = False,
+) -> Tensor:
+    """`pooled_features` of the pictures `index`, by all processes together.
+
+    Args:
+        size: pixels a side, if other than the pictures have.
+        what: for the progress bar.
+        everywhere: all processes get the features; by default the main one, the others nothing.
+        The others are those of `pooled_features` and `eval_batches`.
+    Returns:
+        (n, layers * D) float32 on the CPU.
+    """
+    world, rank = (place.world_size, place.rank) if len(index) >= 8 * place.world_size else (1, 0)
+    mine = index[rank::world]
+    batch_size = at_once(encoder, size, place.device)
+    batches = eval_batches(data, mine, batch_size, place.device, workers, size)
+    bar = progress(batches, what, f" x {batch_size}") if place.main else batches
+    if place.main:
+        bar.total = math.ceil(len(mine) / batch_size)
+    part = pooled_features(encoder, bar, layers, place.device, bf16)
+    if world == 1:
+        return part
+    wanted = place.main or everywhere
+    whole = torch.empty(len(index) if wanted else 0, part.shape[1])
+    for start in range(0, len(index), 8192 * world):  # in pieces: ImageNet's do not fit a GPU
+        piece = torch.zeros(min(8192 * world, len(index) - start), part.shape[1])
+        piece[rank::world] = part[start // world :][: len(piece[rank::world])]
+        piece = piece.to(place.device)
+        dist.all_reduce(piece)
+        if wanted:
+            whole[start : start + len(piece)] = piece.cpu()
+    return whole
+
+
+def kept(path: Path | None, compute: Callable[[], Tensor], place: Place) -> Tensor:
+    """What `compute` gives, from the file `path` if it has been computed before.
+
+    The main process reads and writes; the file is one tensor, in safetensors format. A file that
+    cannot be read is said so, and made anew. None: always compute.
+    """
+    found = None
+    if path is not None and place.main and path.exists():
+        try:
+            found = load_file(path)["features"]
+        except (SafetensorError, OSError, KeyError) as error:
+            tqdm.write(f"{path} cannot be read ({error}): computed again", file=sys.stderr)
+    hit = torch.tensor(int(found is not None), device=place.device)
+    if place.world_size > 1:
+        dist.broadcast(hit, 0)
+    if hit:
+        return found if place.main else torch.empty(0)
+    computed = compute()
+    if path is not None and place.main:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            save_file({"features": computed}, temporary)
+    return computed
+
+
+def untrained(encoder: ViT, init_std: float = 0.02, seed: int = 0) -> ViT:
+    """An encoder of the same architecture that has learned nothing."""
+    fresh = copy.deepcopy(encoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        init_weights(fresh, fresh.blocks, init_std)
+    for module in fresh.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+    return fresh
+
+
+# -------------------------------------------------------------------------------------- low-shot
+
+
+def low_shot_sample(
+    labels: Tensor,
+    names: Sequence[str],
+    fraction: float | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Some pictures of each class: (n,) labels -> sorted places (n_sample,), stratified.
+
+    Args:
+        names: of the classes.
+        fraction: the share of each class, rounded, or `per_class`: their number; one of the two.
+        seed: which sample.
+    Raises:
+        UserError: a class would be absent, or has fewer pictures than are wanted.
+    """
+    order = torch.randperm(len(labels), generator=generator_for("low-shot", seed))
+    chosen = []
+    for label, name in enumerate(names):
+        places = order[labels[order] == label]
+        wanted = round(fraction * len(places)) if per_class is None else per_class
+        if wanted < 1:
+            raise UserError(
+                f"--fraction {fraction:g} leaves none of the {len(places)} pictures of class "
+                f"{name!r}: raise it, or use --per-class"
+            )
+        if wanted > len(places):
+            raise UserError(f"--per-class {wanted}: class {name!r} has only {len(places)} pictures")
+        chosen.append(places[:wanted])
+    return torch.cat(chosen).sort().values
+
+
+def low_shot_probe(
+    train_x: Mapping[str, Tensor],
+    train_y: Tensor,
+    report_x: Mapping[str, Tensor],
+    report_y: Tensor,
+    num_classes: int,
+    device: torch.device,
+) -> tuple[float, dict]:
+    """A linear probe that sees no other labels than these few, not even to choose its settings.
+
+    They are chosen by cross-validation within the sample, in five stratified parts, or fewer if a
+    class has fewer pictures; of equals, the strongest decay. One head then learns from all of it.
+    With one picture of some class there is nothing to choose on: the setting is then the last
+    layer, linear, with the strongest decay but one.
+
+    Returns:
+        The accuracy in [0, 1], and the setting.
+    """
+    counts = train_y.bincount(minlength=num_classes)
+    folds = min(5, int(counts[counts > 0].min()))
+    rank = torch.empty_like(train_y)  # the number of a picture among those of its class
+    for label in range(num_classes):
+        rank[train_y == label] = torch.arange(int(counts[label]))
+    more = {"num_classes": num_classes, "device": device, "progress": False}
+    scores: dict[tuple, float] = {}
+    for fold in range(folds) if folds > 1 else ():
+        held = rank % folds == fold
+        probe = linear_probe(
+            {name: x[~held] for name, x in train_x.items()}, train_y[~held],
+            {name: x[held] for name, x in train_x.items()}, train_y[held], seeds=1, **more,
+        )  # fmt: skip
+        for row in probe.grid:
+            scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
+    setting = (next(iter(train_x)), "linear", RATES[0], DECAYS[-2])
+    if scores:
+        setting = max(scores, key=lambda s: (scores[s], s[3]))  # few pictures, many equals
+    feature, head, rate, decay = setting
+    x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
+    probe = linear_probe(
+        x, train_y, x, train_y, report, report_y,
+        heads=(head,), rates=(rate,), decays=(decay,), seeds=1, **more,
+    )  # fmt: skip
+    chosen = {"feature": feature, "head": head, "rate": rate, "decay": decay}
+    return probe.best.test[0], chosen
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+BLUE, VERMILION = "#0072B2", "#D55E00"  # told apart by the colour-blind too (Okabe and Ito)
+
+
+def plt_subplots(*args, **kwargs):
+    """Subplots that need no screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(**{k: kwargs.pop(k) for k in ("figsize", "layout")})
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def draw_confusion(path: Path, matrix: Tensor, names: Sequence[str], title: str) -> None:
+    """How often class i (row) was taken for class j (column), (C, C), in percent of the row.
+
+    Of more than 20 classes, the 20 with the most errors.
+    """
+    errors = matrix.sum(1) - matrix.diagonal()
+    shown = errors.argsort(descending=True, stable=True)[:20].sort().values
+    share = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    share, names = share[shown][:, shown], [names[int(i)] for i in shown]
+    side = 3 + 0.55 * len(names)
+    figure, axis = plt_subplots(figsize=(side, side * 0.92), layout="constrained")
+    axis.imshow(
+        share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10
+    )  # roots: small shares are seen too
+    for i, row in enumerate(share.tolist()):
+        for j, value in enumerate(row):
+            if value >= 0.5:
+                colour = "white" if value > 40 else "black"
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=11)
+    ticks = range(len(names))
+    axis.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=11)
+    axis.set_yticks(ticks, names, fontsize=11)
+    axis.set_xlabel("taken for", fontsize=12)
+    axis.set_ylabel("is", fontsize=12)
+    more = "" if len(names) == len(matrix) else f"\nthe {len(names)} classes with the most errors"
+    axis.set_title(f"{title}, % of each row{more}", fontsize=12)
+    _save_figure(figure, path)
+
+
+def draw_neighbours(
+    path: Path, sets: Sets, task: str, neighbours: Tensor, predicted: Tensor, rows: int = 8
+) -> None:
+    """Pictures, and the nearest of the training set: neighbours (n_report, k) places in the bank.
+
+    One of each class in turn; the title says what a picture is, in blue if the neighbours have
+    that class too, in vermilion and parentheses if not.
+    """
+    bank_y, report_y = sets.labels(task)
+    names = sets.train.classes[task]
+    turn = [(report_y == label).nonzero()[:, 0].tolist() for label in range(len(names))]
+    queries = [i for together in zip_longest(*turn) for i in together if i is not None][:rows]
+    columns = 1 + min(8, neighbours.shape[1])
+    size = (1.35 * columns, 1.55 * len(queries))
+    figure, axes = plt_subplots(
+        len(queries), columns, figsize=size, layout="constrained", squeeze=False
+    )
+    for row, i in zip(axes, queries, strict=True):
+        near = neighbours[i, : columns - 1]
+        pictures = [sets.test.centre(sets.report[i : i + 1]), sets.train.centre(sets.bank[near])]
+        labels = [int(report_y[i]), *bank_y[near].tolist()]
+        for j, (axis, picture, label) in enumerate(
+            zip(row, torch.cat([p.cpu() for p in pictures]), labels, strict=True)
+        ):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            right = label == labels[0]
+            colour = "black" if j == 0 else BLUE if right else VERMILION
+            name = names[label][:14]
+            name = f"{name}?" if j == 0 else name if right else f"({name})"
+            axis.set_title(name, fontsize=11, color=colour)
+            for side in axis.spines.values():
+                side.set(color=colour, linewidth=2 if j else 0)
+    share = 100 * (predicted == report_y).double().mean().item()
+    figure.suptitle(
+        f"first column: pictures reported on; then their nearest training pictures, "
+        f"(in parentheses) of another class\n{neighbours.shape[1]}-NN accuracy {share:.1f} %",
+        fontsize=11,
+    )
+    _save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_patches(
+    path: Path, encoders: Mapping[str, ViT], sets: Sets, place: Place, size: int, columns: int = 8
+) -> None:
+    """Patch features as colours: the first three principal components as red, green and blue.
+
+    One basis for all pictures of an encoder: patches with like features have like colours, also
+    in different pictures.
+    """
+    index = sets.report[:columns]
+    pictures = sets.test.centre(index).cpu()
+    images = torch.cat(list(eval_batches(sets.test, index, 8, place.device, size=size)))
+    rows = {"picture": pictures.permute(0, 2, 3, 1)}
+    for name, encoder in encoders.items():
+        tokens = encoder.to(place.device)(images).float().cpu()  # (b, N, D)
+        flat = tokens.flatten(0, 1) - tokens.mean((0, 1))
+        axes = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3)
+        parts = flat @ axes  # (b N, 3)
+        low, high = parts.quantile(0.02, 0), parts.quantile(0.98, 0)
+        parts = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        grid = grid_of(size, encoder.patch_size)
+        rows[name] = parts.view(len(images), *grid, 3)
+    shape = (1.4 * len(images) + 0.4, 1.45 * len(rows) + 0.5)
+    figure, axes = plt_subplots(
+        len(rows), len(images), figsize=shape, layout="constrained", squeeze=False
+    )
+    for line, (name, shown) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, shown, strict=True):
+            axis.imshow(picture.numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(name, fontsize=12)
+    figure.suptitle(
+        "patch features: their first three principal components as colours", fontsize=12
+    )
+    _save_figure(figure, path)
+
+
+def _save_figure(figure, path: Path) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """All that defines an evaluation. What is None depends on the rest."""
+
+    checkpoint: str | None = option(
+        None,
+        "a run's folder or checkpoint, a released .pth.tar, a Hugging Face folder or hub name",
+        positional=True,
+    )
+    encoder: str = option("target", "which of its two encoders", ("target", "context"))
+    heads: int | None = option(None, "attention heads, where the file does not tell")
+    data: str | None = option(
+        None, f"{', '.join(NAMED)}, or a folder (default: what the run was trained on)"
+    )
+    data_dir: str = option("data", "where named sets are, or are downloaded to")
+    task: str | None = option(None, "which labels, of a set with several (default: all)")
+    images: int | None = option(None, "at most so many training and test pictures: a quick look")
+    out: str | None = option(None, "folder of the report (default: probe_<data> beside the run)")
+    export: str | None = option(None, "write the encoder for transformers and timm, and end")
+
+    fraction: float | None = option(None, "low-shot: the share of the labels to learn from")
+    per_class: int | None = option(None, "low-shot: so many labelled pictures of each class")
+    augment: bool = option(False, "linear probe on random crops, as in the paper (slow)")
+    finetune: bool = option(False, "train the encoder too (slower)")
+
+    k: int | None = option(None, "neighbours (default: 20)")
+    temperature: float = option(0.07, "of their weights, exp(similarity / temperature)")
+    layers: int = option(4, "linear probe: the last layer, and so many concatenated")
+    seeds: int | None = option(None, "of heads and low-shot samples (default: 3; fine-tuning: 1)")
+    epochs: int | None = option(None, "of --augment and --finetune")
+    batch_size: int | None = option(None, "of --augment and --finetune")
+    lr: float | None = option(None, "of --finetune")
+    weight_decay: float | None = option(None, "of --finetune")
+    img_size: int | None = option(None, "pixels a side (default: what the encoder was made for)")
+    baselines: bool = option(True, "beside it: raw pixels, and the encoder untrained")
+
+    bf16: bool | None = option(None, "autocast to bfloat16 (default: where it pays)")
+    workers: int | None = option(None, "processes that decode pictures (default: one a core)")
+    device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
+    cache: bool = option(True, "keep features on disk, beside the run")
+
+    protocol = property(
+        lambda self: "finetune" if self.finetune else "augment" if self.augment else "frozen"
+    )
+    low_shot = property(lambda self: self.fraction is not None or self.per_class is not None)
+
+
+def configure(argv: list[str] | None = None) -> ProbeConfig:
+    """The command line, checked."""
+    config, given = parse_options(ProbeConfig, __doc__, argv)
+    if config.checkpoint is None:
+        raise UserError(
+            "which encoder? Give a checkpoint: python probe.py runs/NAME --data cifar10"
+        )
+    if config.finetune and config.augment:
+        raise UserError("--finetune and --augment contradict each other: give one")
+    if config.fraction is not None and config.per_class is not None:
+        raise UserError("--fraction and --per-class contradict each other: give one")
+    if config.low_shot and config.augment:
+        raise UserError("--augment takes all labels: leave out --fraction or --per-class")
+    if config.fraction is not None and not 0 < config.fraction <= 1:
+        raise UserError(f"--fraction {config.fraction:g}: it must be above 0, and at most 1")
+    if config.temperature <= 0:
+        raise UserError(f"--temperature {config.temperature:g}: it must be positive")
+    needs = {"epochs": "augment", "batch_size": "augment", "lr": "finetune"}
+    needs |= {"weight_decay": "finetune"}
+    for name, other in needs.items():
+        if name in given and not (config.finetune or (other == "augment" and config.augment)):
+            raise UserError(f"--{name.replace('_', '-')} needs --{other}")
+    for name in ("per_class", "images", "k", "layers", "seeds", "epochs", "batch_size", "img_size"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if config.workers is not None and config.workers < 0:
+        raise UserError(f"--workers is {config.workers}: it must be at least 0")
+    return config
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every protocol needs to know."""
+
+    config: ProbeConfig
+    loaded: Loaded
+    name: str  # of the set of pictures
+    sets: Sets
+    tasks: dict[str, list[str]]  # task -> names of its classes
+    samples: dict[str, list[Tensor]]  # task -> places in the bank that neighbours are among
+    place: Place
+    size: int  # of the pictures as the encoder sees them, in pixels
+    bf16: bool
+    workers: int
+    cache: Path | None  # folder
+
+    layers = property(lambda self: min(self.config.layers, len(self.loaded.encoder.blocks)))
+    trained = property(lambda self: f"{self.loaded.which} encoder")
+
+    @property
+    def encoders(self) -> dict[str, ViT | None]:
+        """What is compared; None stands for the pixels."""
+        encoder, config = self.loaded.encoder, self.loaded.config or {}
+        if not self.config.baselines:
+            return {self.trained: encoder}
+        fresh = untrained(encoder, config.get("init_std") or 0.02)
+        return {"raw pixels": None, "untrained": fresh, self.trained: encoder}
+
+
+def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Setup:
+    """Load the pictures, and refuse what cannot work before anything is computed."""
+    name, encoder = data_name(config, loaded), loaded.encoder
+    if encoder.grid[0] != encoder.grid[1] and config.img_size is None:
+        raise UserError(f"the encoder was made for {encoder.grid} patches: give --img-size")
+    size = config.img_size or encoder.grid[0] * encoder.patch_size
+    try:
+        grid_of(size, encoder.patch_size)
+    except ValueError as error:
+        raise UserError(f"--img-size {size}: {error}") from error
+    sets = load_sets(name, config.data_dir, size, place, config.images)
+    tasks = sets.train.classes
+    if config.task is not None:
+        if config.task not in tasks:
+            raise UserError(f"{name} has no task {config.task!r}: choose from {', '.join(tasks)}")
+        tasks = {config.task: tasks[config.task]}
+    samples = {task: [torch.arange(len(sets.bank))] for task in tasks}
+    for task, names in tasks.items():
+        bank_y, report_y = sets.labels(task)
+        if config.low_shot:
+            samples[task] = [
+                low_shot_sample(bank_y, names, config.fraction, config.per_class, seed)
+                for seed in range(config.seeds or 3)
+            ]
+        for places in samples[task]:
+            learned = places if config.low_shot else sets.fit
+            check_labels(task, names, bank_y[learned], report_y)
+            if (k := neighbours_asked(config)) > len(places):
+                raise UserError(f"--k {k}: there are only {len(places)} pictures to look among")
+    bf16 = bf16_pays(encoder.embed_dim, place.device) if config.bf16 is None else config.bf16
+    workers = cores() if config.workers is None else config.workers
+    kept_in = cache if config.cache else None
+    return Setup(config, loaded, name, sets, tasks, samples, place, size, bf16, workers, kept_in)
+
+
+def data_name(config: ProbeConfig, loaded: Loaded) -> str:
+    """The set of pictures: what --data says, or what the run was trained on."""
+    name = config.data or (loaded.config or {}).get("data")
+    if name is None:
+        raise UserError(f"{config.checkpoint} does not say what it was trained on: give --data")
+    return name
+
+
+def neighbours_asked(config: ProbeConfig) -> int:
+    """k; low-shot samples may have fewer pictures than the 20 that it is by default."""
+    return config.k or (1 if config.low_shot else 20)
+
+
+def describe(setup: Setup) -> str:
+    """What is about to happen, in a few lines."""
+    config, loaded, sets = setup.config, setup.loaded, setup.sets
+    encoder = loaded.encoder
+    size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    step = "" if loaded.step is None else f", step {loaded.step}"
+    learn = f"{len(sets.fit)} to learn from, {len(sets.choose)} to choose settings on"
+    if config.low_shot:
+        samples = next(iter(setup.samples.values()))
+        learn = f"{len(samples)} samples of {len(samples[0])} to learn from"
+    how = {
+        "frozen": f"{config.k or 20}-NN and linear probe on stored features",
+        "augment": "linear probe on random crops",
+        "finetune": "fine-tuning",
+    }[config.protocol]
+    where = torch.cuda.get_device_name() if setup.place.device.type == "cuda" else "CPU"
+    precision = "bfloat16 autocast" if setup.bf16 else "float32"
+    lines = [
+        f"encoder  {config.checkpoint}: {loaded.which}, {size:.2f} M parameters{step}",
+        f"pictures {learn}, {len(sets.report)} to report on ({sets.reported}), {setup.size} pixels",
+        f"protocol {how}",
+        f"device   {where} x {setup.place.world_size}, {precision}",
+    ]
+    return "\n".join(lines + ([f"note     {loaded.note}"] if loaded.note else []))
+
+
+class Found(NamedTuple):
+    """What a protocol found out."""
+
+    rows: list[dict]  # of the report, by `report_row`
+    neighbours: Prediction | None = None  # of the first task, by the encoder at hand
+    predictions: Tensor | None = None  # (n_report,) of the first task, by its linear probe
+
+
+def report_row(
+    setup: Setup, features: str, task: str, figures: dict[str, list[float]], chosen: list[dict]
+) -> dict:
+    """One row: what was measured (shares in [0, 1], one a seed or sample), and the settings."""
+    report_y = setup.sets.labels(task)[1]
+    return {
+        "features": features,
+        "task": task,
+        "classes": len(setup.tasks[task]),
+        "chance": 100 * report_y.bincount().max().item() / len(report_y),
+        "figures": {name: [100 * x for x in values] for name, values in figures.items()},
+        "chosen": chosen,
+    }
+
+
+def setting_of(choice: Choice) -> dict:
+    """The settings of a linear probe, and what it scored on the pictures they were chosen on."""
+    names = ("feature", "head", "rate", "decay", "val")
+    return {name: getattr(choice, name) for name in names}
+
+
+def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, Tensor]:
+    """Features of the bank, (n_bank, F), and of the pictures reported on, (n_report, F).
+
+    On the main process; the others may get empty tensors.
+    """
+    sets, place, found = setup.sets, setup.place, []
+    for data, index in ((sets.train, sets.bank), (sets.test, sets.report)):
+        if encoder is None:
+            batches = eval_batches(data, index, 500, place.device, setup.workers)
+            found.append(torch.cat([pixels(x) for x in batches]) if place.main else torch.empty(0))
+            continue
+        key = (
+            weights_hash(encoder), setup.layers, setup.size, setup.bf16, place.device.type,
+            fingerprint(data), index.tolist(),
+        )  # fmt: skip
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()
+        compute = partial(
+            shared_features, encoder, data, index, place, layers=setup.layers, size=setup.size,
+            bf16=setup.bf16, workers=setup.workers, what=name,
+        )  # fmt: skip
+        path = setup.cache / f"{digest}.safetensors" if setup.cache else None
+        try:
+            found.append(kept(path, compute, place))
+        except ValueError as error:  # features that are not finite
+            raise UserError(f"{name}: {error}") from error
+    return found[0], found[1]
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """A name for these very weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of right answers: (n,) and (n,) -> [0, 1]."""
+    return (predicted.cpu() == labels.cpu()).double().mean().item()
+
+
+def probe_frozen(setup: Setup) -> Found:
+    """kNN and the sweep of linear heads on stored features."""
+    config, device = setup.config, setup.place.device
+    protocol = _few_labels if config.low_shot else _all_labels
+    rows, shown = [], ()
+    for name, encoder in setup.encoders.items():
+        bank, report = features_of(setup, name, encoder)
+        if not setup.place.main:
+            continue
+        width = bank.shape[1] if encoder is None else encoder.embed_dim
+        last = bank[:, -width:], report[:, -width:].to(device)  # what neighbours are near in
+        kinds = {"last layer": last}
+        if encoder is None:
+            kinds = {"pixels": narrow(bank, report)}
+        elif setup.layers > 1:
+            kinds[f"last {setup.layers} layers"] = (bank, report)
+        bank_x, report_x = ({kind: near(x[i], device) for kind, x in kinds.items()} for i in (0, 1))
+        for task in setup.tasks:
+            figures, chosen, *more = protocol(setup, task, last, bank_x, report_x)
+            rows.append(report_row(setup, name, task, figures, chosen))
+            if name == setup.trained and task == next(iter(setup.tasks)):
+                shown = more
+    return Found(rows, *shown)
+
+
+ON_DEVICE = 8e9  # bytes: larger features stay on the CPU and are read in parts
+
+
+def near(features: Tensor, device: torch.device) -> Tensor:
+    """On the device, if they are not too large for it."""
+    return features.to(device) if features.nbytes < ON_DEVICE else features
+
+
+def _all_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
+    """One task with all labels: figures, settings, neighbours, and predictions of one head."""
+    config, sets = setup.config, setup.sets
+    bank_y, report_y = sets.labels(task)
+    classes, k = len(setup.tasks[task]), neighbours_asked(config)
+    found = knn(last[0], bank_y, last[1], k, config.temperature, classes)
+    fit, choose = sets.fit, sets.choose
+    best = linear_probe(
+        {kind: x[fit] for kind, x in bank_x.items()}, bank_y[fit],
+        {kind: x[choose] for kind, x in bank_x.items()}, bank_y[choose],
+        report_x, report_y,
+        seeds=config.seeds or 3, num_classes=classes, device=setup.place.device,
+    ).best  # fmt: skip
+    figures = {
+        f"{k}-NN": [accuracy(found.weighted, report_y)],
+        f"{k}-NN, plain": [accuracy(found.plain, report_y)],
+        "linear probe": list(best.test),
+    }
+    return figures, [setting_of(best)], found, best.predictions[0]
+
+
+def _few_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
+    """One task with few labels, a figure for each sample, and the settings."""
+    config, sets = setup.config, setup.sets
+    bank_y, report_y = sets.labels(task)
+    classes, chosen = len(setup.tasks[task]), []
+    k = min(config.k or 20, *(len(places) for places in setup.samples[task]))
+    figures = {f"{k}-NN": [], f"{k}-NN, plain": [], "linear probe": []}
+    for places in progress(setup.samples[task], f"low-shot, {task}", " samples"):
+        found = knn(last[0][places], bank_y[places], last[1], k, config.temperature, classes)
+        few_x = {kind: x[places] for kind, x in bank_x.items()}
+        score, setting = low_shot_probe(
+            few_x, bank_y[places], report_x, report_y, classes, setup.place.device
+        )
+        values = accuracy(found.weighted, report_y), accuracy(found.plain, report_y), score
+        for measured, value in zip(figures.values(), values, strict=True):
+            measured.append(value)
+        chosen.append(setting)
+    return figures, chosen
+
+
+def format_report(rows: list[dict]) -> str:
+    """The rows of a report as tables, one for each task; accuracies in percent."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        columns = list(of_task[-1]["figures"])
+        width = max(len(row["features"]) for row in rows)
+        first = of_task[0]
+        lines.append(f"{task}: {first['classes']} classes, the largest {first['chance']:.1f} %")
+        lines.append(" " * width + "".join(f"  {name:>14}" for name in columns) + "   chosen")
+        for row in of_task:
+            cells = ""
+            for name in columns:
+                mean, spread = mean_std(row["figures"].get(name, ()))
+                cell = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(row["figures"][name]) > 1 else "")
+                cells += f"  {cell:>14}"
+            chosen = "; ".join(dict.fromkeys(_in_words(setting) for setting in row["chosen"]))
+            lines.append(f"{row['features']:{width}}{cells}   {chosen}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _in_words(setting: dict) -> str:
+    """A setting in a few words."""
+    head = {"bn": "batch norm + linear"}.get(setting["head"], setting["head"])
+    return f"{setting['feature']}, {head}, rate {setting['rate']:g}, decay {setting['decay']:g}"
+
+
+def main() -> None:
+    """Read the encoder, look at the pictures, report."""
+    config = configure()
+    loaded = load_encoder(config.checkpoint, config.encoder, config.heads)
+    if config.export is not None:
+        export(loaded.encoder, Path(config.export), loaded.which)
+        print(f"wrote {config.export}: the {loaded.which} encoder, for transformers and timm")
+        return
+    with placed(config.device) as place:
+        evaluate(config, loaded, place)
+
+
+def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
+    """Features, classifiers, the table and the pictures."""
+    begin = time.perf_counter()
+    home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
+    if loaded.kind == "ijepa":  # beside the run
+        home = Path(config.checkpoint)
+        home = home if home.is_dir() else home.parent
+    variant = [Path(data_name(config, loaded)).name, config.protocol, loaded.which]
+    few = config.fraction if config.per_class is None else f"{config.per_class}_a_class"
+    variant = [str(x) for x in (*variant, few) if x not in ("frozen", "target", None)]
+    out = Path(config.out) if config.out else home / "_".join(["probe", *variant])
+    if place.main:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+
+    setup = set_up(config, loaded, place, home / "features")
+    protocol = {"frozen": probe_frozen}
+    if place.main:
+        tqdm.write(describe(setup))
+    found = protocol[config.protocol](setup)
+    if not place.main:
+        return
+    table = format_report(found.rows)
+    tqdm.write(f"\nAccuracy, %, on {len(setup.sets.report)} pictures ({setup.sets.reported})\n")
+    tqdm.write(table)
+    draw_found(setup, found, out)
+    seconds = time.perf_counter() - begin
+    with whole_file(out / "probe.json") as temporary:
+        temporary.write_text(json.dumps(account(setup, found, seconds), indent=1) + "\n")
+    tqdm.write(f"\nreport and pictures: {out} ({seconds:.0f} s)")
+
+
+def draw_found(setup: Setup, found: Found, out: Path) -> None:
+    """confusion.png, neighbours.png and pca.png, those that the protocol has something for."""
+    task, names = next(iter(setup.tasks.items()))
+    if found.predictions is not None:
+        matrix = confusion(setup.sets.labels(task)[1], found.predictions, len(names))
+        title = f"{setup.trained}, {next(reversed(found.rows[-1]['figures']))}"
+        draw_confusion(out / "confusion.png", matrix, names, title)
+    if found.neighbours is not None:
+        near = found.neighbours
+        draw_neighbours(out / "neighbours.png", setup.sets, task, near.neighbours, near.weighted)
+    encoders = {name: encoder for name, encoder in setup.encoders.items() if encoder is not None}
+    draw_patches(out / "pca.png", encoders, setup.sets, setup.place, setup.size)
+
+
+def account(setup: Setup, found: Found, seconds: float) -> dict:
+    """Everything that is needed to repeat the evaluation, and what came of it."""
+    config, loaded, sets, device = setup.config, setup.loaded, setup.sets, setup.place.device
+    return {
+        "command": shlex.join(["python", "probe.py", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "checkpoint": {
+            "path": config.checkpoint,
+            "kind": loaded.kind,
+            "sha256": loaded.sha256,
+            "encoder": loaded.which,
+            "note": loaded.note,
+            "step": loaded.step,
+            "config": loaded.config,
+        },
+        "pictures": {
+            "name": setup.name,
+            "fingerprints": [fingerprint(sets.train), fingerprint(sets.test)],
+            "fit": len(sets.fit),
+            "choose": len(sets.choose),
+            "report": len(sets.report),
+            "reported": sets.reported,
+            "size": setup.size,
+        },
+        "options": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "processes": setup.place.world_size,
+        "bf16": setup.bf16,
+        "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+        "results": found.rows,
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

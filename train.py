@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from data import (
     Plan,
     UserError,
     bf16_pays,
+    cores,
     default_sizes,
     eval_batches,
     generator_for,
@@ -350,7 +350,7 @@ class Log:
 
     def draw(self, path: Path) -> None:
         """The four curves to look at together: a falling loss alone may be a collapse."""
-        figure, axes = plt_subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+        figure, axes = probe.plt_subplots(1, 4, figsize=(16, 3.6), layout="constrained")
         panels = (
             ("Loss", ("loss", "val_loss"), ("training", "held out")),
             ("20-NN accuracy, held out (%)", ("knn",), ("",)),
@@ -367,14 +367,6 @@ class Log:
                 axis.legend()
         with writing(path):
             figure.savefig(path, dpi=110)
-
-
-def plt_subplots(*args, **kwargs):
-    """Subplots that need no screen."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(**{k: kwargs.pop(k) for k in ("figsize", "layout")})
-    return figure, figure.subplots(*args, **kwargs)
 
 
 def draw_result(
@@ -394,7 +386,9 @@ def draw_result(
     grid, patch = model.encoder.grid, model.encoder.patch_size
     context_idx, target_idx = masks.sample(len(queries), _fixed())
     pictures = evaluation.data.centre(queries).cpu()
-    figure, axes = plt_subplots(8, columns, figsize=(1.5 * columns, 13.4), layout="constrained")
+    figure, axes = probe.plt_subplots(
+        8, columns, figsize=(1.5 * columns, 13.4), layout="constrained"
+    )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
 
@@ -526,10 +520,7 @@ def _train(
             config.data, "train", config.data_dir, architecture.img_size, place.device, **shapes
         ),
     )
-    workers = config.workers
-    if workers is None:  # the cores of this machine, shared by its processes
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        workers = max(1, len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = cores() if config.workers is None else config.workers
     evaluation = Evaluation(config, data, place, workers)
     plan = Plan(
         seed=config.seed,

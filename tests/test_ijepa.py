@@ -39,6 +39,7 @@ from ijepa import (
     target_momentum,
     weight_decay,
 )
+from probe import released_model
 
 HERE = Path(__file__).resolve().parent
 GRIDS = [(8, 8), (14, 14), (6, 10), (12, 8)]  # (rows, columns), all even for `rasterized`
@@ -1223,7 +1224,7 @@ def test_golden_schedules(golden):
 
 
 def test_golden_steps(golden):
-    model = IJEPA.from_released(golden["checkpoint"], num_heads=2)
+    model = released_model(golden["checkpoint"], num_heads=2)
     optimizer = torch.optim.AdamW(parameter_groups(model))
     parts = ("encoder", "target", "predictor")
     networks = (model.encoder, model.target_encoder, model.predictor)
@@ -1269,8 +1270,8 @@ def test_golden_steps(golden):
             assert total == pytest.approx(expected[f"{part}_sum_after"] - fixed, rel=1e-5), part
 
 
-def test_from_released_reads_the_sizes_from_the_tensors(golden):
-    c = IJEPA.from_released(golden["checkpoint"], num_heads=2).config
+def test_released_model_reads_the_sizes_from_the_tensors(golden):
+    c = released_model(golden["checkpoint"], num_heads=2).config
     sizes = (c.img_size, c.patch_size, c.in_chans, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)
     assert sizes == (32, 4, 3, 32, 2, 2, 4.0)
     assert (c.predictor_dim, c.predictor_depth, c.predictor_heads) == (16, 2, 2)
@@ -1279,7 +1280,7 @@ def test_from_released_reads_the_sizes_from_the_tensors(golden):
 
 @pytest.mark.parametrize("source", ["dict", "path", "string"])
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_from_released_path_or_dict_with_and_without_prefix(golden, tmp_path, source, prefix):
+def test_released_model_path_or_dict_with_and_without_prefix(golden, tmp_path, source, prefix):
     checkpoint = {
         part: {prefix + name.removeprefix("module."): t for name, t in state.items()}
         if part in ("encoder", "predictor", "target_encoder")
@@ -1289,7 +1290,7 @@ def test_from_released_path_or_dict_with_and_without_prefix(golden, tmp_path, so
     path = tmp_path / "released.pth.tar"
     torch.save(checkpoint, path)
     given_as = {"dict": checkpoint, "path": path, "string": str(path)}[source]
-    model = IJEPA.from_released(given_as, num_heads=2)
+    model = released_model(given_as, num_heads=2)
     for part in ("encoder", "predictor", "target_encoder"):
         stored = golden["checkpoint"][part]
         state = getattr(model, part).state_dict()
@@ -1315,7 +1316,7 @@ def released(model: IJEPA) -> dict:
 
 
 @pytest.mark.parametrize("width, heads", [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
-def test_from_released_knows_the_heads_of_released_widths(width, heads):
+def test_released_model_knows_the_heads_of_released_widths(width, heads):
     sizes = {
         "embed_dim": width,
         "num_heads": heads,
@@ -1323,17 +1324,17 @@ def test_from_released_knows_the_heads_of_released_widths(width, heads):
         "predictor_heads": heads,
     }
     model = IJEPA(config(**sizes, depth=1, predictor_depth=1))
-    loaded = IJEPA.from_released(released(model))
+    loaded = released_model(released(model))
     assert loaded.config.num_heads == loaded.config.predictor_heads == heads
     assert loaded.encoder.blocks[0].attn.num_heads == heads
 
 
 @pytest.mark.parametrize("width, hidden", [(16, 64), (44, 60), (176, 768)])
-def test_from_released_reads_any_mlp_ratio(width, hidden):
+def test_released_model_reads_any_mlp_ratio(width, hidden):
     sizes = {"embed_dim": width, "mlp_ratio": hidden / width + 1e-6, "predictor_dim": 16}
     model = IJEPA(config(**sizes, depth=1, num_heads=4, predictor_heads=4))
     assert model.encoder.blocks[0].mlp.fc1.out_features == hidden
-    loaded = IJEPA.from_released(released(model), num_heads=4)
+    loaded = released_model(released(model), num_heads=4)
     images = small_images().float()
     assert torch.equal(loaded.encoder(images), model.encoder(images))
 
@@ -1381,7 +1382,7 @@ def test_incomplete_or_other_checkpoints_are_refused(golden, damage):
     checkpoint = copy.deepcopy(golden["checkpoint"])
     damage(checkpoint)
     with pytest.raises(ValueError):
-        IJEPA.from_released(checkpoint, num_heads=2)
+        released_model(checkpoint, num_heads=2)
 
 
 @pytest.mark.parametrize("content", ["text", "nothing", "half", "tensor", "list", "other dict"])
@@ -1392,13 +1393,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(golden, tmp_path, content):
     raw = {"text": b"not a checkpoint", "nothing": b"", "half": path.read_bytes()[:100_000]}
     path.write_bytes(raw.get(content, path.read_bytes()))
     with pytest.raises(ValueError):
-        IJEPA.from_released(path, num_heads=2)
+        released_model(path, num_heads=2)
 
 
 @pytest.mark.parametrize("heads, reason", [(None, "width 32.*num_heads"), (5, "5 heads")])
-def test_from_released_needs_heads_that_fit(golden, heads, reason):
+def test_released_model_needs_heads_that_fit(golden, heads, reason):
     with pytest.raises(ValueError, match=reason):
-        IJEPA.from_released(golden["checkpoint"], num_heads=heads)
+        released_model(golden["checkpoint"], num_heads=heads)
 
 
 class Malicious:
@@ -1422,7 +1423,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(golden, tmp_path, kind
             torch.save(checkpoint, file, _use_new_zipfile_serialization=kind == "torch.save")
     # torch's own error for code in a file, or ours for no checkpoint.
     with pytest.raises((ValueError, RuntimeError, pickle.UnpicklingError)):
-        IJEPA.from_released(path, num_heads=2)
+        released_model(path, num_heads=2)
     assert not harm.exists()
     if kind == "pickle":  # the trap is one: whoever opens the file without care makes the folder
         pickle.loads(path.read_bytes())

@@ -1,5 +1,6 @@
 """Every command of the README is run, shortened, and what it says of the files is checked."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+import probe
+import train
+from ijepa import IJEPA, MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,18 +51,33 @@ def place(tmp_path_factory):
     return folder
 
 
+# The same for probe.py, and what stands for the run, and for files that would be downloaded.
+SHORT_PROBE = ["--images", "40", "--k", "5", "--workers", "0", "--device", "cpu"]
+INSTEAD = {
+    "runs/vit_tiny_cifar10": "runs/0",
+    "runs/vit_huge_imagenet": "runs/0",
+    "IN1K-vit.h.14-300e.pth.tar": "released.pth.tar",
+    "facebook/ijepa_vith14_1k": str(ROOT / "tests" / "golden" / "hf_ijepa"),
+    "cifar10": "path/to/folder",
+    "cifar100": "path/to/folder",
+}
+
+
 def shortened(command: str) -> list[str]:
-    words = shlex.split(command)
+    words = [INSTEAD.get(word, word) for word in shlex.split(command)]
+    probed = "probe.py" in words
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     if words[0] == "torchrun":
         words[words.index("--nproc_per_node") + 1] = "2"
         words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     words[0] = sys.executable
+    if probed:
+        slow = {"--augment", "--finetune"} & set(words)
+        return words + SHORT_PROBE + (["--epochs", "1", "--batch-size", "16"] if slow else [])
     replaced = {"vit_small": "vit_nano", "vit_tiny": "vit_nano", "vit_huge": "vit_nano"}
     if "vit_huge" in words:  # its recipe's data, which another model's would not be
         words += ["--data", "imagenet"]
     words = [replaced.get(word, word) for word in words]
-    words = ["path/to/folder" if word == "cifar10" else word for word in words]  # no download
     return words if "--resume" in words else words + SHORT
 
 
@@ -65,26 +85,41 @@ def test_the_readme_has_the_commands_that_the_project_is_for():
     for wanted in (
         "python train.py --model vit_tiny --data cifar10",
         "torchrun --nproc_per_node 8 train.py --model vit_huge",
+        "python probe.py runs/vit_tiny_cifar10",
     ):
         assert wanted in COMMANDS
 
 
 def test_commands_run(place):
     """In the order of the README: one goes on with what another has left."""
+    model = IJEPA(dataclasses.replace(MODELS["vit_nano"].config, img_size=16, patch_size=4))
+    parts = {part: getattr(model, part) for part in ("encoder", "predictor", "target_encoder")}
+    released = {part: network.state_dict() for part, network in parts.items()}
+    for part, name in (("encoder", "pos_embed"), ("predictor", "predictor_pos_embed")):
+        released[part][name] = getattr(parts[part], name)[None]
+    released["target_encoder"]["pos_embed"] = released["encoder"]["pos_embed"]
+    torch.save(released, place / "released.pth.tar")
+
     environment = dict(os.environ, OMP_NUM_THREADS="1")
+    last = None
     for command in COMMANDS:
         words = shortened(command)
-        if "--resume" not in words and "--out" not in words:
-            words += ["--out", f"runs/{len(list(place.glob('runs/*')))}"]
-            last = words[-1]
-        elif "--resume" in words:
+        if "--resume" in words:
+            words += ["--out", last]
+        elif "probe.py" not in command:
+            last = f"runs/{len(list(place.glob('runs/*')))}"
             words += ["--out", last]
         done = subprocess.run(
             words, cwd=place, env=environment, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-        assert "trained" in done.stdout
-        assert (place / words[words.index("--out") + 1] / "result.png").exists()
+        if "--export" in words:
+            assert (place / words[words.index("--export") + 1] / "config.json").exists()
+        elif "probe.py" in command:
+            assert re.search(r"^(target|context) encoder +\d", done.stdout, re.MULTILINE), command
+        else:
+            assert "trained" in done.stdout
+            assert (place / words[words.index("--out") + 1] / "result.png").exists()
 
 
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
@@ -95,10 +130,15 @@ def test_python_blocks_run(code):
 def test_set_up_lines_install_the_requirements_and_run_what_they_say():
     lines = re.findall(r"<!-- (demo|test) command -->\n```bash\n(.*)\n```", README)
     assert [name for name, _ in lines] == ["demo", "test"]
-    for _, line in lines:
+    files = ("requirements.txt", "tests/requirements.txt")
+    for (_, line), needed in zip(lines, files, strict=True):
         assert line.startswith(
-            "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+            f"python3 -m venv .venv && .venv/bin/pip install -q -r {needed} && .venv/bin/python "
         )
+        assert (ROOT / needed).is_file()
+    # What is only tested with is not asked of those who only train.
+    assert "-r ../requirements.txt" in (ROOT / "tests/requirements.txt").read_text().splitlines()
+    assert "pytest" not in (ROOT / "requirements.txt").read_text()
     assert lines[0][1].endswith(".venv/bin/python train.py")
     assert lines[1][1].endswith(".venv/bin/python -m pytest -q")
 
@@ -112,9 +152,8 @@ def test_files_and_pictures_that_the_readme_names_are_there():
 
 
 def test_every_option_that_the_readme_names_exists():
-    import train
-
-    options = {"--" + name.replace("_", "-") for name in train.TrainConfig.__dataclass_fields__}
+    fields = (*dataclasses.fields(train.TrainConfig), *dataclasses.fields(probe.ProbeConfig))
+    options = {"--" + field.name.replace("_", "-") for field in fields}
     named = set(re.findall(r"`(--[a-z-]+)", README)) | {
         word for command in COMMANDS for word in command.split() if word.startswith("--")
     }
@@ -124,8 +163,8 @@ def test_every_option_that_the_readme_names_exists():
 def test_the_figures_are_the_recorded_ones(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmark"))
     record = importlib.import_module("record")
-    for name, lines in (("demo", record.demo_lines()), ("measured", record.measured_lines())):
-        block = "\n".join(lines)
+    for name, lines in record.BLOCKS.items():
+        block = "\n".join(lines())
         assert f"<!-- {name} figures -->\n{block}\n<!-- end of {name} -->" in README
 
 

@@ -5,6 +5,7 @@
     python tests/benchmark/record.py speed     images/s of a training step of vit_tiny
     python tests/benchmark/record.py cifar10 FOLDER [OPTIONS]   500 steps of vit_tiny on CIFAR-10
     python tests/benchmark/record.py stream FOLDER    20 steps of vit_small/16 at 224 pixels
+    python tests/benchmark/record.py probe NAME RUN [OPTIONS]   probe.py, as probe_NAME
     python tests/benchmark/record.py readme    copy the recorded figures into README.md
 
 Nothing else should be running: times are wall time.
@@ -122,6 +123,29 @@ def stream(folder: str, steps: int = 20, batch_size: int = 16) -> None:
     write("stream", command, steps=steps, seconds=round(seconds), losses=losses)
 
 
+def probe(name: str, *options: str) -> None:
+    """probe.py with these options: its report, without paths of this machine, and its pictures."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "probe.py", *options, "--out", out]
+        subprocess.run(command, cwd=ROOT, check=True)
+        report = json.loads(Path(out, "probe.json").read_text())
+        for picture in Path(out).glob("*.png"):
+            (RESULTS / f"probe_{name}_{picture.name}").write_bytes(picture.read_bytes())
+    shown = ["RUN", *(Path(word).name if "/" in word else word for word in options[1:])]
+    figures = {key: report[key] for key in ("seconds", "results", "bf16")}
+    data = report["pictures"] | {"name": Path(report["pictures"]["name"]).name}
+    run = {key: report["checkpoint"][key] for key in ("kind", "encoder", "step", "sha256")}
+    trained = report["checkpoint"]["config"] or {}
+    keys = ("model", "data", "batch_size", "steps", "epochs", "lr", "momentum", "seed")
+    run |= {key: trained.get(key) for key in keys}
+    run["data"] = run["data"] and Path(run["data"]).name
+    data["reported"] = data["reported"].replace(report["pictures"]["name"], data["name"])
+    write(
+        f"probe_{name}", f"python probe.py {' '.join(shown)}",
+        checkpoint=run, pictures=data, **figures,
+    )  # fmt: skip
+
+
 def speed(batch_size: int = 256, steps: int = 3) -> None:
     """Images/s of whole training steps of vit_tiny, 32 pixels, patch 4."""
     from data import CropRandomness, crop_resize, normalize
@@ -162,8 +186,8 @@ def speed(batch_size: int = 256, steps: int = 3) -> None:
 def readme() -> None:
     """Replace what stands between the markers of README.md by the recorded figures."""
     text = (ROOT / "README.md").read_text()
-    for name, lines in (("demo", demo_lines()), ("measured", measured_lines())):
-        block = f"<!-- {name} figures -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->"
+    for name, lines in BLOCKS.items():
+        block = f"<!-- {name} figures -->\n" + "\n".join(lines()) + f"\n<!-- end of {name} -->"
         pattern = rf"<!-- {name} figures -->.*?<!-- end of {name} -->"
         text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     (ROOT / "README.md").write_text(text)
@@ -198,6 +222,37 @@ def demo_lines() -> list[str]:
         f"{demo['hardware']} ({demo['date']}, torch {demo['torch']}, `{demo['command']}`).",
     ]
     return lines
+
+
+def probe_lines() -> list[str]:
+    """What probe.py found, a table for each recorded report."""
+    lines = []
+    for path in sorted(RESULTS.glob("probe_*.json")):
+        of = record(path.stem)
+        for task in dict.fromkeys(row["task"] for row in of["results"]):
+            rows = [row for row in of["results"] if row["task"] == task]
+            columns = list(rows[-1]["figures"])
+            lines += [
+                f"`{of['command']}`, {PROBED.get(path.stem, '')}, {task}, "
+                f"{of['pictures']['report']} pictures, {of['seconds']:.0f} s on "
+                f"{of['hardware']} ({of['date']}):",
+                "",
+                "| | " + " | ".join(columns) + " |",
+                "|---|" + "---|" * len(columns),
+            ]
+            for row in rows:
+                cells = []
+                for column in columns:
+                    values = row["figures"].get(column, [])
+                    cell = f"{statistics.mean(values):.1f}" if values else ""
+                    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                    cells.append(cell + spread)
+                lines.append(f"| {row['features']} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return lines[:-1]
+
+
+PROBED = {}  # what the reports are of, in words
 
 
 def measured_lines() -> list[str]:
@@ -247,10 +302,11 @@ NOT_MEASURED = (
     "`vit_tiny` on CIFAR-10, 100 epochs, one GPU",
     "images/s of any model on a GPU",
 )
+BLOCKS = {"demo": demo_lines, "probe": probe_lines, "measured": measured_lines}  # of README.md
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (demo, masks, speed, cifar10, stream, readme)}
+    commands = {f.__name__: f for f in (demo, masks, speed, cifar10, stream, probe, readme)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
