@@ -906,15 +906,27 @@ def fine_tune_recipe(embed_dim: int, low_shot: bool) -> FineTuneConfig:
     """What suits an encoder of this width: with few labels, or with all of them.
 
     From 1,024 on (ViT-L) the paper's: Appendix A.2 for few labels, Appendix D for all, which is
-    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent.
+    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent: smaller batches, since
+    the sets are smaller; a drop path of 0.1, as MAE has for ViT-B; and higher rates. Those come
+    from vit_nano on `kind` of shapes, without crops and RandAugment, at a batch of 64 (one seed):
+    1,000 labels and 25 epochs gave 81, 98 and 99 % of held-out pictures with a rate of 3e-4, 1e-3
+    and 3e-3, 6,000 labels and 6 epochs gave 99.3 and 99.7 % with the last two. For other widths
+    they are divided by the width, which is a guess, and meets the paper's from above.
+
+    Crops and RandAugment suit photographs. Where classes are patterns of pixels, numbers or
+    distances they do harm: 98 % by 1e-3 fell to 93 % with RandAugment, and to 60 % in twice the
+    epochs with crops too.
     """
-    if embed_dim >= 1024:
+    if embed_dim < 1024:
+        narrow = FineTuneConfig(lr=0.3 / embed_dim, batch_size=64)
         if low_shot:
-            return FineTuneConfig(weight_decay=0.05 if embed_dim < 1280 else 0.4)
-        return FineTuneConfig(
-            lr=1e-4, weight_decay=0.04, batch_size=528, mixup=0.8, cutmix=1.0, drop_path=0.25
-        )
-    return FineTuneConfig()  # TODO measured
+            return narrow
+        return dataclasses.replace(narrow, batch_size=256, mixup=0.8, cutmix=1.0, drop_path=0.1)
+    if low_shot:
+        return FineTuneConfig(weight_decay=0.05 if embed_dim < 1280 else 0.4)
+    return FineTuneConfig(
+        lr=1e-4, weight_decay=0.04, batch_size=528, mixup=0.8, cutmix=1.0, drop_path=0.25
+    )
 
 
 class Epoch(NamedTuple):
@@ -1112,7 +1124,8 @@ def _fine_tune(
             epochs.append(Epoch(seed, epoch, float(loss), val))
             losses = []
             if bar is not None:
-                bar.set_postfix_str(f"loss {loss:.3f}, {100 * val:.1f} % of held-out pictures")
+                said = f"loss {loss:.3f}, {100 * val:.1f} % of held-out pictures"
+                bar.set_postfix_str(said, refresh=False)
     return epochs
 
 

@@ -382,6 +382,38 @@ def test_recipes_are_the_papers_where_it_speaks():
     full = probe.fine_tune_recipe(1280, low_shot=False)
     assert (full.epochs, full.batch_size, full.lr, full.weight_decay) == (50, 528, 1e-4, 0.04)
     assert (full.mixup, full.cutmix, full.drop_path, full.layer_decay) == (0.8, 1.0, 0.25, 0.75)
+    assert probe.fine_tune_recipe(96, low_shot=True).lr == pytest.approx(3e-3, rel=0.05)  # ours
+
+
+def test_a_run_equals_a_plain_loop_over_the_same_pictures(encoder):
+    train, choose, report = parts(64)
+    config = FineTuneConfig(
+        lr=0.01, weight_decay=0.5, batch_size=64, epochs=6, warmup=0.5, final_lr=0.001,
+        layer_decay=0.5, label_smoothing=0.2, rand_augment=None, crop_scale=(1.0, 1.0), flip=False,
+    )  # fmt: skip
+    found = tuned(encoder, train, choose, report, config)
+
+    network = copy.deepcopy(encoder)
+    head = nn.Linear(24, CLASSES)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    layers = [network.patch_embed, *network.blocks, nn.ModuleList([network.norm, head])]
+    optimizer = torch.optim.AdamW(
+        {"params": [p], "scale": 0.5 ** (3 - i), "weight_decay": 0.5 * (p.ndim > 1)}
+        for i, layer in enumerate(layers)
+        for p in layer.parameters()
+    )
+    images = data.normalize(train.data.centre(train.index))
+    wanted = 0.8 * F.one_hot(train.labels, CLASSES) + 0.2 / CLASSES
+    rates = (0.01 / 3, 0.02 / 3, 0.01, 0.00775, 0.00325, 0.001)  # a line, and a cosine
+    for row, rate in zip(found.epochs, rates, strict=True):
+        logits = head(network(images).mean(1))
+        loss = -(wanted * logits.log_softmax(1)).sum(1).mean()
+        assert row.loss == pytest.approx(loss.item(), rel=1e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def scales(network, config) -> dict[str, tuple[float, float]]:
