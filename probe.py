@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import IO, NamedTuple
 
 import torch
@@ -637,7 +638,8 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
     there; what `export` writes.
 
     Memory is bounded by this one encoder: other networks and the optimizer's state stay on the
-    disk, and so do its own weights until they are used, so leave the file alone until then.
+    disk, and its own weights are read from there when they are used, so leave the file in its place
+    meanwhile. (What torch.save wrote before 2020 is read whole.)
 
     Args:
         source: a path, or a name such as facebook/ijepa_vith14_1k if there is no such path.
@@ -773,7 +775,7 @@ def _first_call(pickled: IO[bytes]) -> str | None:
     return None
 
 
-def _need(found: Mapping, kinds: Mapping[str, type]) -> None:
+def _need(found: Mapping, kinds: Mapping[str, type | UnionType]) -> None:
     """Raise ValueError if an entry is missing or of another kind."""
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
@@ -1016,8 +1018,9 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
     """The encoder of a folder of transformers or of `export`, or of one .safetensors file in it."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
-        wanted = "neither last.pt nor config.json" if path.is_dir() else "no config.json beside it"
-        raise ValueError(f"has {wanted}: a run or a Hugging Face folder has one")
+        if path.is_dir():
+            raise ValueError("has neither last.pt nor config.json: give a run, or a model's folder")
+        raise ValueError("has no config.json beside it, which tells its heads: put it there")
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "ijepa" or config.get("hidden_act", "gelu") != "gelu":
         kind = f"{config.get('model_type')}, {config.get('hidden_act', 'gelu')}"
