@@ -287,6 +287,13 @@ DESCRIPTIONS = {
             f"{r['losses'][0]:.3f} -> {r['losses'][-1]:.3f} in {r['seconds']} s",
         )
     ],
+    "probe_load": lambda r: [
+        (
+            f"reading a released ViT-H/14 ({r['file_gb']:.1f} GB): seconds, and peak memory after "
+            "one picture",
+            f"{r['load_s']:.0f} s, {r['used']['peak_gb']:.1f} GB",
+        )
+    ],
     "cifar10_cpu": lambda r: [
         (
             f"`vit_tiny`, {r['data']}, {r['steps']} steps of {r['batch']} {r.get('options', '')}",
