@@ -309,12 +309,18 @@ class Pictures:
     labels: dict[str, Tensor]  # task -> (n,) int64; -1 where a picture has no label
     classes: dict[str, list[str]]  # task -> names; the first task is the main one
 
+    img_size = property(lambda self: self.images.shape[-1])
+
     def __len__(self) -> int:
         return len(self.images)
 
     def centre(self, index: Tensor, broken: set[str] | None = None) -> Tensor:
         """The pictures as evaluation sees them: whole, (B, 3, S, S) uint8. None is broken."""
         return self.images[index.to(self.images.device)]
+
+    def open(self, index: int, broken: set[str]) -> Image.Image:
+        """Picture `index`, for worker processes; none is broken."""
+        return to_picture(self.images[index])
 
 
 @dataclass
@@ -369,6 +375,11 @@ def open_picture(path: Path) -> Image.Image:
 def to_tensor(picture: Image.Image) -> Tensor:
     """(3, H, W) uint8."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """From (3, H, W) uint8."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def centre_crop(picture: Image.Image, size: int, enlarge: float = 1.0) -> Tensor:
@@ -756,6 +767,8 @@ class Plan:
     flip: bool = False
     rank: int = 0
     world_size: int = 1
+    # What else is done to a picture, with random numbers from PyTorch's generator on the CPU.
+    augment: Callable[[Image.Image], Image.Image] | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -802,19 +815,19 @@ def share(plan: Plan, micro: int) -> slice:
 
 
 class _Stream(torch.utils.data.Dataset):
-    """Micro-batches of a folder, decoded, cropped and masked by a worker process."""
+    """Micro-batches, decoded, cropped, augmented and masked by a worker process."""
 
-    def __init__(self, folder: Folder, plan: Plan):
-        self.folder, self.plan = folder, plan
+    def __init__(self, data: Pictures | Folder, plan: Plan):
+        self.data, self.plan = data, plan
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, set[str]]:
         step, micro = key
         index, crops, context_idx, target_idx = draw_step(self.plan, step)
         part = share(self.plan, micro)
-        index, crops, size = index[part], crops[part], self.folder.img_size
+        index, crops, size = index[part], crops[part], self.data.img_size
         images, broken = torch.empty(len(index), 3, size, size, dtype=torch.uint8), set()
         for i, number in enumerate(index.tolist()):
-            picture = self.folder.open(number, broken)
+            picture = self.data.open(number, broken)
             if self.plan.crop_scale == (1.0, 1.0):
                 images[i] = centre_crop(picture, size)
             else:
@@ -825,6 +838,11 @@ class _Stream(torch.utils.data.Dataset):
                 images[i] = to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR))
             if crops.flip[i]:
                 images[i] = images[i].flip(-1)
+            if self.plan.augment is not None:
+                key = (self.plan.seed, "augment", step, part.start + i)
+                with torch.random.fork_rng(devices=[]):  # whoever draws, and after what else
+                    torch.default_generator.manual_seed(generator_for(*key).initial_seed())
+                    images[i] = to_tensor(self.plan.augment(to_picture(images[i])))
         return images, context_idx[part], target_idx[part], index, broken
 
 
@@ -838,13 +856,15 @@ def train_batches(
     """The micro-batches of this process for the given steps, `accum_steps` for each.
 
     In memory: indices, crops and masks are drawn one step ahead in a thread, pictures are cropped
-    on the device. On disk: `workers` processes decode. Raises UserError when more than 1 % of a
-    folder's pictures cannot be read.
+    on the device. On disk, or to augment: `workers` processes do that. Raises UserError when more
+    than 1 % of a folder's pictures cannot be read.
     """
     keys = [(step, micro) for step in steps for micro in range(plan.accum_steps)]
     if isinstance(data, Pictures):
-        yield from _from_memory(data, plan, keys, device)
-        return
+        if plan.augment is None:
+            yield from _from_memory(data, plan, keys, device)
+            return
+        data = dataclasses.replace(data, images=data.images.cpu())  # for the workers
     loader = DataLoader(
         _Stream(data, plan),
         sampler=keys,

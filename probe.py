@@ -41,7 +41,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from types import UnionType
 from typing import IO, NamedTuple
@@ -49,9 +49,11 @@ from typing import IO, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
@@ -61,10 +63,12 @@ from data import (
     Folder,
     Pictures,
     Place,
+    Plan,
     UserError,
     bf16_pays,
     cores,
     default_sizes,
+    enlarge,
     eval_batches,
     fingerprint,
     generator_for,
@@ -77,10 +81,22 @@ from data import (
     placed,
     progress,
     run_script,
+    train_batches,
     whole_file,
     writing,
 )
-from ijepa import IJEPA, MODELS, IJEPAConfig, ViT, cosine, grid_of, init_weights, sincos_positions
+from ijepa import (
+    IJEPA,
+    MODELS,
+    IJEPAConfig,
+    Range,
+    ViT,
+    cosine,
+    grid_of,
+    init_weights,
+    learning_rate,
+    sincos_positions,
+)
 
 # ------------------------------------------------------------------------------------- features
 
@@ -117,9 +133,7 @@ def pooled_features(
     for images in batches:
         with torch.inference_mode():
             images = images.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                outputs = encoder.last_layers(images, layers)  # layers x (b, N, D)
-            features.append(torch.cat([x.float().mean(1) for x in outputs], dim=1))
+            features.append(pooled(encoder, images, layers, bf16))
             if not keep_on_device and len(features) > 1:
                 # One batch late: the device computes this batch while the one before is copied.
                 features[-2] = features[-2].cpu()
@@ -128,16 +142,40 @@ def pooled_features(
     if not keep_on_device:
         features[-1] = features[-1].cpu()
     # Outside of inference mode, so that a head can be trained on the result.
-    pooled = torch.cat(features)  # (n, layers * D)
+    whole = torch.cat(features)  # (n, layers * D)
 
-    broken = _broken(pooled.view(len(pooled), layers, -1))  # (n, layers)
+    broken = _broken(whole.view(len(whole), layers, -1))  # (n, layers)
     if broken.any():
         first = int(broken.any(0).int().argmax())
         raise ValueError(
             f"the features of layer {depth - layers + first + 1} of {depth} are not finite "
-            f"for {int(broken[:, first].sum())} of {len(pooled)} images"
+            f"for {int(broken[:, first].sum())} of {len(whole)} images"
         )
-    return pooled
+    return whole
+
+
+@torch.inference_mode()
+def pooled(encoder: ViT, images: Tensor, layers: int, bf16: bool) -> Tensor:
+    """Of one batch, on its device: (b, C, H p, W p) -> (b, layers * D) float32."""
+    with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
+        outputs = encoder.last_layers(images, layers)  # layers x (b, N, D)
+    return torch.cat([x.float().mean(1) for x in outputs], dim=1)
+
+
+def at_once(encoder: ViT, size: int | None, device: torch.device, train: bool = False) -> int:
+    """How many pictures of `size` pixels go through an encoder at a time, to bound the memory.
+
+    To look, so many that the inside of one MLP is half a gigabyte in float32. To train, so many
+    that what all layers keep for the gradients is about 16 GB on a GPU, 2 GB on a CPU.
+    """
+    rows, columns = encoder.grid if size is None else grid_of(size, encoder.patch_size)
+    tokens = rows * columns * encoder.embed_dim  # numbers between two layers, for one picture
+    if train:
+        # Of each layer are kept: 2 norms, q k v, what attention gives, and 2 x 4 inside of the MLP,
+        # each of them 4 bytes a number.
+        kept = 4 * 15 * tokens * len(encoder.blocks)
+        return max(1, int((16e9 if device.type == "cuda" else 2e9) / kept))
+    return min(max(2**25 // tokens, 8), 2048 if device.type == "cuda" else 500)
 
 
 def _broken(features: Tensor) -> Tensor:
@@ -278,6 +316,7 @@ DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 MOMENTUM = 0.9
 BN_EPS = 1e-6  # beside variances that are 1 on average
 CURVATURE_EPS = 1e-6  # the same: directions with less variance than this are learned more slowly
+CHUNK = 2048  # images at a time where all heads of a kind look at them
 ROWS = 16384  # images at a time where features are transformed, to bound the memory
 
 
@@ -416,13 +455,24 @@ def linear_probe(
         for head in heads
     }
     _train(stacks, train_x, train_y, seeds, epochs, min_steps, batch_size, progress)
+    return _choose(stacks, settings, val_x, val_y, test_x, test_y, chunk)
 
+
+def _choose(
+    stacks: Mapping[tuple[str, str], "_Heads | _LARSHeads"],
+    settings: Sequence[tuple[float, float]],
+    val_x: Mapping[str, Tensor],
+    val_y: Tensor,
+    test_x: Mapping[str, Tensor] | None,
+    test_y: Tensor | None,
+    chunk: int,
+) -> LinearProbe:
+    """Of trained heads by feature and kind: the best on validation images reads the test images."""
     grid, by_feature = [], {}
-    for name in train_x:
+    for name in val_x:
         rows = []  # (row of the grid, the stack it is in, its place there)
-        for head in heads:
-            stack = stacks[name, head]
-            hits = stack.predict(val_x[name], chunk) == val_y.to(device)  # (S, Q, n_val)
+        for stack, head in ((stack, head) for (of, head), stack in stacks.items() if of == name):
+            hits = stack.predict(val_x[name], chunk) == val_y.to(stack.weight.device)  # (S, Q, n)
             accuracy = hits.double().mean(2).T.tolist()  # (Q, S)
             for q, (setting, val) in enumerate(zip(settings, accuracy, strict=True)):
                 rows.append((GridRow(name, head, *setting, tuple(val)), stack, q))
@@ -571,6 +621,552 @@ def _train(
                     stack.step(x.to(some).view(*idx.shape, -1), targets, factor)
                 step += 1
                 bar.update()
+
+
+# ------------------------------------------------------------- linear probe on augmented pictures
+
+# What Appendix A.2 sweeps on ImageNet. The rates are reference rates, see `augmented_probe`.
+REFERENCE_RATES = (0.01, 0.05, 0.001, 0.5)
+REFERENCE_DECAYS = (0.0005, 0.0)
+TRUST = 0.001  # of LARS: a step is this share of the weights' norm, times the rate
+HEAD_STD = 0.01  # of the initial weights, as in MAE; LARS cannot leave zero
+
+
+class Examples(NamedTuple):
+    """Some pictures of a set, and what they are."""
+
+    data: Pictures | Folder
+    index: Tensor  # (n,) int64, which pictures
+    labels: Tensor  # (n,) int64 classes from 0, of these pictures
+
+
+def augmented_batch(n: int) -> int:
+    """Pictures a step for a training set of n: 16,384 for ImageNet, 1/78 of it for smaller sets.
+
+    LARS moves weights by a share of their norm, so it is the number of steps that decides how far
+    they get. An epoch of ImageNet has 78; other sets get as many, of 64 pictures at the least.
+    """
+    return _fit_batch(min(16384, max(64, n // 78 // 64 * 64)), n)
+
+
+def _fit_batch(batch_size: int, n: int) -> int:
+    """No more than there are; a multiple of 64 then too, so that processes can share it."""
+    return batch_size if batch_size <= n else n // 64 * 64 or n
+
+
+def reference_factor(step: int, batch_size: int, n: int, epochs: int) -> float:
+    """By what the rate is multiplied: 1, and a tenth after each 15 of 50 epochs (Appendix A.2)."""
+    return 0.1 ** (50 * step * batch_size // (15 * epochs * n))
+
+
+def augmented_probe(
+    encoder: ViT,
+    train: Examples,
+    choose: Examples,
+    report: Examples,
+    place: Place,
+    *,
+    num_classes: int,
+    layers: int = 4,
+    rates: Sequence[float] = REFERENCE_RATES,
+    decays: Sequence[float] = REFERENCE_DECAYS,
+    seeds: int | Sequence[int] = 3,
+    epochs: int = 50,
+    batch_size: int | None = None,
+    crop_scale: Range = (0.08, 1.0),
+    flip: bool = True,
+    size: int | None = None,
+    bf16: bool = False,
+    workers: int = 0,
+) -> LinearProbe:
+    """Sweep linear classifiers over random crops, with the optimizer of Appendix A.2, in one pass.
+
+    Crops and flips of the training pictures stream through the frozen encoder, once for the whole
+    grid (feature x head x rate x decay x seed). The features are the last layer and the
+    concatenation of the last `layers`; the heads are linear, and batch norm (without learned scale
+    and shift) + linear. Seeds differ in the heads' initial weights: all see the same crops.
+
+    However a batch is divided among processes and micro-batches, the heads see it whole: the
+    features of all are gathered, and the heads, which cost little beside the encoder, are computed
+    by every process alike. Batch norm uses the moments of the batch to learn, and to predict the
+    average of all of them: the encoder is frozen, so the first are as good as the last.
+
+    Args:
+        encoder: the frozen network.
+        train, choose, report: to learn from; to choose the setting on, by the mean over seeds, as
+            `linear_probe` does; read once, by the best setting of each feature. The last two are
+            seen whole, without crops.
+        place: where this process runs. All processes get the answer.
+        num_classes: C.
+        layers: how many layers make the second feature; with 1 there is only the first.
+        rates: for 256 pictures of ImageNet: at a batch of 16,384 they are 64 times these. On sets
+            of any size the batch of `augmented_batch` has these 64 times, others in proportion.
+        decays: penalty of decay / 2 times the squared weights.
+        seeds: how many (0, 1, ...), or which.
+        epochs: passes over the training pictures; the rate falls to a tenth after each 30 %.
+        batch_size: pictures a step, over all processes; by default `augmented_batch`.
+        crop_scale, flip: share of the picture in a random crop, and whether half are mirrored.
+            (1, 1) for tasks that cropping would make impossible: counting and distance.
+        size: pixels a side, to which pictures in memory are enlarged once they are cropped.
+        bf16: run the encoder in bfloat16; heads are float32 either way.
+        workers: processes that decode the pictures of a folder.
+    Returns:
+        A `LinearProbe`; the features are called "last layer" and "last 4 layers".
+    Raises:
+        ValueError: the encoder has no such number of layers, or gives features that are not finite.
+        UserError: the batch does not divide into the processes, or pictures cannot be read.
+    """
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    n, usual = len(train.index), augmented_batch(len(train.index))
+    batch_size = _fit_batch(batch_size or usual, n)
+    settings = [(float(rate), float(decay)) for rate in rates for decay in decays]  # Q
+    kinds = {"last layer": slice(-encoder.embed_dim, None)}
+    if layers > 1:
+        kinds[f"last {layers} layers"] = slice(None)
+    how = {"layers": layers, "size": size, "bf16": bf16, "workers": workers}
+    # First, since an encoder whose features are not finite is better refused at once.
+    choose_x = shared_features(encoder, choose.data, choose.index, place, everywhere=True, **how)
+    stacks = {
+        (name, head): _LARSHeads(
+            head, choose_x[:, kind].shape[1], num_classes, settings, seeds,
+            64 * batch_size / usual, place.device,
+        )
+        for name, kind in kinds.items()
+        for head in HEADS
+    }  # fmt: skip
+
+    accum = micro_batches(batch_size, at_once(encoder, size, place.device), place)
+    plan = Plan(
+        0, train.index, batch_size, accum, None, crop_scale, flip, place.rank, place.world_size
+    )
+    label_of = _label_table(train, place.device)
+    steps = range(math.ceil(epochs * n / batch_size))
+    batches = train_batches(train.data, plan, steps, place.device, workers)
+    lost = torch.zeros((), dtype=torch.int64, device=place.device)
+    for step in progress(steps, "linear probe", " steps") if place.main else steps:
+        features, labels = [], []
+        for batch in islice(batches, accum):
+            x = pooled(encoder, enlarge(batch.images, size), layers, bf16)
+            features.append(_gathered(x, place))
+            labels.append(_gathered(label_of[batch.index.to(place.device)], place))
+        x, y = torch.cat(features), torch.cat(labels)  # (b, layers * D) and (b,): the whole batch
+        lost += _broken(x).sum()
+        factor = reference_factor(step, batch_size, n, epochs)
+        for (name, _), stack in stacks.items():
+            stack.step(x[:, kinds[name]], y, factor)
+    if lost:
+        raise ValueError(f"the features of {int(lost)} crops of training pictures are not finite")
+
+    report_x = shared_features(encoder, report.data, report.index, place, everywhere=True, **how)
+    choose_x, report_x = (
+        {name: x[:, kind] for name, kind in kinds.items()} for x in (choose_x, report_x)
+    )
+    return _choose(stacks, settings, choose_x, choose.labels, report_x, report.labels, CHUNK)
+
+
+def micro_batches(batch_size: int, most: int, place: Place, unit: int = 1) -> int:
+    """How many equal parts of at most `most` pictures a process makes of its share of a batch.
+
+    unit: so many pictures stay together. Raises UserError if the batch cannot be divided.
+    """
+    units, rest = divmod(batch_size, place.world_size * unit)
+    if rest or not units:
+        together = f" x {unit} pictures that stay together" if unit > 1 else ""
+        raise UserError(
+            f"a batch of {batch_size} pictures does not divide into {place.world_size} "
+            f"process(es){together}: choose another --batch-size"
+        )
+    fits = max(1, most // unit)
+    return next(k for k in range(1, units + 1) if units % k == 0 and units // k <= fits)
+
+
+def _label_table(examples: Examples, device: torch.device) -> Tensor:
+    """Labels by the number of the picture in its set, which is how batches name them: (N,)."""
+    table = torch.full((len(examples.data),), -1)
+    table[examples.index] = examples.labels
+    return table.to(device)
+
+
+def _gathered(x: Tensor, place: Place) -> Tensor:
+    """The rows of all processes in the order of their ranks: (b, ...) -> (world_size * b, ...)."""
+    if place.world_size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(place.world_size)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class _LARSHeads:
+    """All heads of one kind on one feature, (S, Q, C, D) weights, trained side by side by LARS.
+
+    To LARS (You et al. 2017) each member of the grid is a layer of its own. Its gradient, decay
+    included, is scaled to TRUST times the norm of its weights before it enters the momentum:
+
+        g <- (g + decay w) x TRUST |w| / (|g| + decay |w|)
+
+    Biases neither decay nor are they scaled. The rate stands outside of the momentum, as in MAE.
+    """
+
+    def __init__(
+        self,
+        head: str,
+        width: int,
+        num_classes: int,
+        settings: Sequence[tuple[float, float]],
+        seeds: Sequence[int],
+        scale: float,
+        device: torch.device,
+    ):
+        rates, self.decays = torch.tensor(settings, device=device).T[:, :, None, None]  # (Q, 1, 1)
+        self.rates = scale * rates
+        drawn = [
+            torch.randn(num_classes, width, generator=generator_for(seed, "head")) for seed in seeds
+        ]
+        first = HEAD_STD * torch.stack(drawn).to(device)  # (S, C, D), the same for all settings
+        self.weight = repeat(first, "s c d -> s q c d", q=len(settings)).clone()
+        self.bias = torch.zeros_like(self.weight[..., :1])  # (S, Q, C, 1)
+        self.weight_velocity = torch.zeros_like(self.weight)
+        self.bias_velocity = torch.zeros_like(self.bias)
+        self.norm = nn.Identity()
+        if head == "bn":  # `momentum=None`: the running moments are those of all steps, averaged
+            self.norm = nn.BatchNorm1d(width, BN_EPS, momentum=None, affine=False).to(device)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, y: Tensor, factor: float) -> None:
+        """One step for all, at `factor` times their rates; x: (b, D) features, y: (b,) classes."""
+        x = self.norm.train()(x)
+        weight_gradient = torch.zeros_like(self.weight)
+        bias_gradient = torch.zeros_like(self.bias)
+        for rows, classes in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            error = (self.weight @ rows.T + self.bias).softmax(2)  # (S, Q, C, b)
+            error.sub_(F.one_hot(classes, error.shape[2]).T).div_(len(x))
+            weight_gradient += error @ rows
+            bias_gradient += error.sum(3, keepdim=True)
+
+        norm, gradient_norm = (
+            v.flatten(2).norm(dim=2)[..., None, None] for v in (self.weight, weight_gradient)
+        )  # (S, Q, 1, 1) each
+        # A head that makes no error has no gradient: the last term keeps 0 / 0 away, as in timm.
+        trust = TRUST * norm / (gradient_norm + self.decays * norm + 1e-8)
+        weight_gradient.addcmul_(self.weight, self.decays).mul_(trust)
+        for value, velocity, gradient in (
+            (self.weight, self.weight_velocity, weight_gradient),
+            (self.bias, self.bias_velocity, bias_gradient),
+        ):
+            velocity.mul_(MOMENTUM).add_(gradient)
+            value.addcmul_(velocity, self.rates, value=-factor)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
+        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
+        settings = slice(None) if only is None else slice(only, only + 1)
+        weight, bias = self.weight[:, settings], self.bias[:, settings]
+        rows = (self.norm.eval()(rows.to(weight)) for rows in x.split(chunk))  # (b, D) each
+        return torch.cat([(weight @ row.T + bias).argmax(2) for row in rows], dim=2)
+
+    def folded(self, q: int) -> tuple[Tensor, Tensor]:
+        """One setting as a map from features as they come to logits: (S, C, D) and (S, C)."""
+        weight, bias = self.weight[:, q].double(), self.bias[:, q, :, 0].double()
+        if isinstance(self.norm, nn.BatchNorm1d):
+            weight = weight / (self.norm.running_var.double() + BN_EPS).sqrt()
+            bias = bias - weight @ self.norm.running_mean.double()
+        return weight.float().cpu(), bias.float().cpu()
+
+
+# ------------------------------------------------------------------------------------ fine-tuning
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """How the whole network is trained. The defaults are those of low-shot in Appendix A.2."""
+
+    lr: float = 3e-5  # of the head; a layer below has `layer_decay` times that of the one above
+    weight_decay: float = 0.05
+    batch_size: int = 512  # pictures an optimizer step, over all processes
+    epochs: int = 50
+    warmup_epochs: float = 5  # as in MAE, like the next
+    final_lr: float = 1e-6
+    layer_decay: float = 0.75
+    label_smoothing: float = 0.1
+    rand_augment: tuple[int, int] | None = (2, 9)  # operations a picture, and their strength of 30
+    mixup: float = 0.0  # of the Beta distribution that pictures are mixed by; 0: never
+    cutmix: float = 0.0
+    drop_path: float = 0.0  # how often the last layer is skipped; others less, the first never
+    crop_scale: Range = (0.08, 1.0)
+    flip: bool = True
+
+
+def fine_tune_recipe(embed_dim: int, low_shot: bool) -> FineTuneConfig:
+    """What suits an encoder of this width: with few labels, or with all of them.
+
+    From 1,024 on (ViT-L) the paper's: Appendix A.2 for few labels, Appendix D for all, which is
+    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent.
+    """
+    if embed_dim >= 1024:
+        if low_shot:
+            return FineTuneConfig(weight_decay=0.05 if embed_dim < 1280 else 0.4)
+        return FineTuneConfig(
+            lr=1e-4, weight_decay=0.04, batch_size=528, mixup=0.8, cutmix=1.0, drop_path=0.25
+        )
+    return FineTuneConfig()  # TODO measured
+
+
+class Epoch(NamedTuple):
+    """What an epoch of fine-tuning came to."""
+
+    seed: int
+    epoch: int  # from 1
+    loss: float  # mean over its steps
+    val: float  # accuracy in [0, 1] on the pictures held out for choices, which are not made
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What came of fine-tuning. No choice was made: the last epoch counts."""
+
+    val: tuple[float, ...]  # accuracy in [0, 1] on pictures held out, one entry a seed
+    test: tuple[float, ...]  # the same on the pictures to report on
+    predictions: Tensor  # (S, n_report) int64 classes on the CPU
+    epochs: list[Epoch]  # those of all seeds
+
+
+def fine_tune(
+    encoder: ViT,
+    train: Examples,
+    choose: Examples,
+    report: Examples,
+    place: Place,
+    config: FineTuneConfig,
+    *,
+    num_classes: int,
+    seeds: int | Sequence[int] = 1,
+    size: int | None = None,
+    bf16: bool = False,
+    workers: int = 0,
+) -> FineTuned:
+    """Train a copy of the encoder and a linear head on the mean of its patches (Appendix A.2, D).
+
+    Crops, flips, RandAugment and order depend on the seed and the step alone: neither workers nor
+    processes nor micro-batches alter the result by more than rounding. Drop path is an exception,
+    whose random numbers every process draws for its pictures.
+
+    Differs from the paper in RandAugment, which is torchvision's with the same number and strength,
+    where MAE has that of timm: a few other operations, of a strength that varies a little.
+
+    Args:
+        encoder: where to start from. It is left as it is.
+        train: to learn from.
+        choose: to show progress on, after each epoch. Nothing is chosen.
+        report: read once for each seed, at the end.
+        place: where this process runs. All processes get the answer.
+        config: see `fine_tune_recipe`.
+        num_classes: C.
+        seeds: how many (0, 1, ...), or which; of everything random. The head starts from zero.
+        size: pixels a side, to which pictures in memory are enlarged once they are augmented.
+        bf16: autocast to bfloat16.
+        workers: processes that crop and augment, and decode if need be.
+    Returns:
+        A `FineTuned`.
+    Raises:
+        UserError: the batch does not divide into the processes, pictures cannot be read, or the
+            loss is not finite any more.
+    """
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    how = (place, size, bf16, workers)
+    val, predictions, epochs = [], [], []
+    for seed in seeds:
+        # What is drawn here is no business of the caller, nor the other way round.
+        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
+            torch.manual_seed(generator_for(seed, "fine-tune", place.rank).initial_seed())
+            network = _Classifier(encoder, num_classes, config.drop_path).to(place.device)
+            epochs += _fine_tune(network, train, choose, config, seed, *how)
+        val.append(epochs[-1].val)
+        predictions.append(_predicted(network, report, *how))
+    stacked = torch.stack(predictions)  # (S, n_report)
+    test = (stacked == report.labels.cpu()).double().mean(1).tolist()
+    return FineTuned(tuple(val), tuple(test), stacked, epochs)
+
+
+class _Classifier(nn.Module):
+    """A copy of an encoder, and a linear head on the mean of its patches."""
+
+    def __init__(self, encoder: ViT, num_classes: int, drop_path: float = 0.0):
+        from torchvision.ops import stochastic_depth  # only here: training has no need of it
+
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(True)
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        blocks = self.encoder.blocks
+        for block, p in zip(
+            blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True
+        ):
+
+            def skip(branch, _, output, p=p):  # of some pictures the branch is left out
+                return stochastic_depth(output, p, "row", branch.training)
+
+            block.attn.register_forward_hook(skip)
+            block.mlp.register_forward_hook(skip)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, C, H p, W p) -> logits (b, classes)."""
+        return self.head(self.encoder(images).mean(1))
+
+
+def layer_groups(network: _Classifier, config: FineTuneConfig) -> list[dict]:
+    """For AdamW: a group for each layer's matrices, which decay, and one for the rest of it.
+
+    `scale` multiplies the rate: layer_decay ** (L + 1 - l), with l = 0 for the patch embedding, 1
+    to L for the blocks, and L + 1 for the last norm and the head (Bao et al., BEiT, ICLR 2022).
+    """
+    top = len(network.encoder.blocks) + 1
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in network.named_parameters():
+        layer = top
+        if name.startswith("encoder.patch_embed."):
+            layer = 0
+        elif name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        matrix = parameter.ndim > 1
+        empty = {
+            "params": [],
+            "scale": config.layer_decay ** (top - layer),
+            "weight_decay": config.weight_decay if matrix else 0.0,
+        }
+        groups.setdefault((layer, matrix), empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _fine_tune(
+    network: _Classifier,
+    train: Examples,
+    choose: Examples,
+    config: FineTuneConfig,
+    seed: int,
+    place: Place,
+    size: int | None,
+    bf16: bool,
+    workers: int,
+) -> list[Epoch]:
+    """Train the network with one seed."""
+    device, cuda, n = place.device, place.device.type == "cuda", len(train.index)
+    batch_size = _fit_batch(config.batch_size, n)
+    mixing = config.mixup > 0 or config.cutmix > 0
+    most = at_once(network.encoder, size, device, train=True)
+    accum = micro_batches(batch_size, most, place, unit=2 if mixing else 1)
+    plan = Plan(
+        seed, train.index, batch_size, accum, None, config.crop_scale, config.flip,
+        place.rank, place.world_size, _rand_augment(config),
+    )  # fmt: skip
+    total = math.ceil(config.epochs * n / batch_size)
+    warmup = round(total * config.warmup_epochs / config.epochs)
+    optimizer = torch.optim.AdamW(layer_groups(network, config), fused=cuda)
+    wrapped = network
+    if place.world_size > 1:
+        wrapped = DistributedDataParallel(
+            network, device_ids=[device] if cuda else None, broadcast_buffers=False
+        )
+    label_of = _label_table(train, device)
+    batches = train_batches(train.data, plan, range(total), device, workers)
+    bar = progress(range(total), f"fine-tuning, seed {seed}", " steps") if place.main else None
+    epochs: list[Epoch] = []
+    losses: list[Tensor] = []  # of this epoch, on the device
+    for step in range(total) if bar is None else bar:
+        lr = learning_rate(step, total, warmup, 0.0, config.lr, config.final_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        for micro, batch in enumerate(islice(batches, accum)):
+            targets = F.one_hot(label_of[batch.index.to(device)], network.head.out_features)
+            images = enlarge(batch.images, size)
+            images, targets = mixed(images, targets.float(), config, (seed, "mix", step))
+            last = micro == accum - 1
+            with nullcontext() if last or wrapped is network else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = wrapped(images)
+                smoothing = config.label_smoothing
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) / accum
+                loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+
+        epoch = (step + 1) * batch_size // n
+        if epoch > step * batch_size // n or step + 1 == total:
+            loss = torch.stack(losses).sum() / (len(losses) // accum * place.world_size)
+            if place.world_size > 1:
+                dist.all_reduce(loss)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"fine-tuning: the loss is {float(loss)} in epoch {epoch}: try a lower --lr"
+                )
+            found = _predicted(network, choose, place, size, bf16, workers)
+            val = (found == choose.labels.cpu()).double().mean().item()
+            epochs.append(Epoch(seed, epoch, float(loss), val))
+            losses = []
+            if bar is not None:
+                bar.set_postfix_str(f"loss {loss:.3f}, {100 * val:.1f} % of held-out pictures")
+    return epochs
+
+
+def _rand_augment(config: FineTuneConfig):
+    """RandAugment of one picture (Cubuk et al., NeurIPS 2020), or None."""
+    from torchvision.transforms import v2
+
+    if config.rand_augment is None:
+        return None
+    grey = [round(255 * x) for x in MEAN]  # where a picture is turned or moved away
+    bilinear = v2.InterpolationMode.BILINEAR
+    return v2.RandAugment(*config.rand_augment, interpolation=bilinear, fill=grey)
+
+
+def mixed(images: Tensor, targets: Tensor, config: FineTuneConfig, key: tuple):
+    """MixUp or CutMix, whichever comes up; images (b, C, H, W) and targets (b, classes) float32.
+
+    As in MAE one of the two in each step, and each picture with another that gets the rest of it.
+    Here that is the neighbour, (0, 1), (2, 3) and so on, and the random numbers depend on `key`
+    alone: so it does not matter into how many parts the batch has been divided.
+    """
+    from torchvision.transforms import v2
+
+    kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    kinds = [kind(alpha=alpha) for kind, alpha in kinds if alpha > 0]
+    if not kinds:
+        return images, targets
+    # To torchvision these are two pictures of very many channels, which it mixes with each other.
+    sides = rearrange(images, "(b two) c h w -> two (b c) h w", two=2)
+    labels = rearrange(targets, "(b two) k -> two (b k)", two=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator_for(*key).initial_seed())
+        sides, labels = kinds[int(torch.randint(len(kinds), ()))](sides, labels)
+    images = rearrange(sides, "two (b c) h w -> (b two) c h w", c=images.shape[1])
+    return images, rearrange(labels, "two (b k) -> (b two) k", k=targets.shape[1])
+
+
+@torch.inference_mode()
+def _predicted(
+    network: _Classifier,
+    examples: Examples,
+    place: Place,
+    size: int | None,
+    bf16: bool,
+    workers: int,
+) -> Tensor:
+    """Classes by all processes together, for all: (n,) int64 on the CPU."""
+    mine = examples.index[place.rank :: place.world_size]
+    at_a_time = at_once(network.encoder, size, place.device)
+    network.eval()
+    found = []
+    for images in eval_batches(examples.data, mine, at_a_time, place.device, workers, size):
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
+            found.append(network(images).argmax(1))
+    network.train()
+    whole = torch.zeros(len(examples.index), dtype=torch.int64, device=place.device)
+    if found:
+        whole[place.rank :: place.world_size] = torch.cat(found)
+    if place.world_size > 1:
+        dist.all_reduce(whole)
+    return whole.cpu()
 
 
 # --------------------------------------------------------------------------- health and mistakes
@@ -1494,10 +2090,7 @@ def shared_features(
     """
     world, rank = (place.world_size, place.rank) if len(index) >= 8 * place.world_size else (1, 0)
     mine = index[rank::world]
-    rows, columns = encoder.grid if size is None else grid_of(size, encoder.patch_size)
-    # So many that the largest activations, those inside of an MLP, stay well below 1 GB.
-    batch_size = 2**25 // (rows * columns * encoder.embed_dim)
-    batch_size = min(max(batch_size, 8), 2048 if place.device.type == "cuda" else 500)
+    batch_size = at_once(encoder, size, place.device)
     batches = eval_batches(data, mine, batch_size, place.device, workers, size)
     bar = progress(batches, what, f" x {batch_size}") if place.main else batches
     if place.main:
