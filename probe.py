@@ -2483,9 +2483,10 @@ def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Se
     samples = {task: [torch.arange(len(sets.bank))] for task in tasks}
     for task, names in tasks.items():
         bank_y, report_y = sets.labels(task)
+        fit_y = bank_y[sets.fit]
         if config.low_shot:
             samples[task] = [
-                low_shot_sample(bank_y, names, config.fraction, config.per_class, seed)
+                sets.fit[low_shot_sample(fit_y, names, config.fraction, config.per_class, seed)]
                 for seed in range(config.seeds or 3)
             ]
         for places in samples[task]:
@@ -2683,6 +2684,85 @@ def _few_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
     return figures, chosen
 
 
+# Tasks that random crops would make impossible: objects to count would be cut off (Appendix A.2).
+WHOLE_PICTURES = ("shapes", "clevr")
+
+
+def examples(setup: Setup, task: str, learn: Tensor) -> tuple[Examples, Examples, Examples]:
+    """What one task learns from (places in the bank), chooses on and reports on."""
+    sets = setup.sets
+    bank_y, report_y = sets.labels(task)
+    learned, chosen = (
+        Examples(sets.train, sets.bank[places], bank_y[places]) for places in (learn, sets.choose)
+    )
+    return learned, chosen, Examples(sets.test, sets.report, report_y)
+
+
+def probe_augmented(setup: Setup) -> Found:
+    """The sweep of linear heads on random crops, by all processes; raw pixels are not cropped."""
+    config, crops = setup.config, {}
+    if setup.name in WHOLE_PICTURES:
+        crops["crop_scale"] = (1.0, 1.0)
+    rows, predictions = [], None
+    for name, encoder in setup.encoders.items():
+        if encoder is None:
+            continue
+        for task, names in setup.tasks.items():
+            try:
+                best = augmented_probe(
+                    encoder, *examples(setup, task, setup.sets.fit), setup.place,
+                    num_classes=len(names), layers=setup.layers, seeds=config.seeds or 3,
+                    epochs=config.epochs or 50, batch_size=config.batch_size, size=setup.size,
+                    bf16=setup.bf16, workers=setup.workers, **crops,
+                ).best  # fmt: skip
+            except ValueError as error:  # features that are not finite
+                raise UserError(f"{name}: {error}") from error
+            figures = {"linear probe, crops": list(best.test)}
+            rows.append(report_row(setup, name, task, figures, [setting_of(best)]))
+            if name == setup.trained and predictions is None:
+                predictions = best.predictions[0]
+    return Found(rows, predictions=predictions)
+
+
+def probe_fine_tuned(setup: Setup) -> Found:
+    """The whole network trained, from the encoder's weights and from untrained ones.
+
+    With few labels once for each sample, otherwise once for each seed.
+    """
+    config, recipe = setup.config, fine_tuning(setup)
+    rows, predictions = [], None
+    for name, encoder in setup.encoders.items():
+        if encoder is None:
+            continue
+        for task, names in setup.tasks.items():
+            samples = setup.samples[task] if config.low_shot else [setup.sets.fit]
+            scores, last = [], None
+            for number, places in enumerate(samples):
+                seeds = [number] if config.low_shot else config.seeds or 1
+                last = fine_tune(
+                    encoder, *examples(setup, task, places), setup.place, recipe,
+                    num_classes=len(names), seeds=seeds, size=setup.size, bf16=setup.bf16,
+                    workers=setup.workers,
+                )  # fmt: skip
+                scores += last.test
+            setting = {"fine-tuning": dataclasses.asdict(recipe)}
+            rows.append(report_row(setup, name, task, {"fine-tuned": scores}, [setting]))
+            if name == setup.trained and predictions is None:
+                predictions = last.predictions[0]
+    return Found(rows, predictions=predictions)
+
+
+def fine_tuning(setup: Setup) -> FineTuneConfig:
+    """The recipe for this encoder and so many labels, with what the command line changes."""
+    config = setup.config
+    recipe = fine_tune_recipe(setup.loaded.encoder.embed_dim, config.low_shot)
+    names = ("lr", "weight_decay", "batch_size", "epochs")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if setup.name in WHOLE_PICTURES:  # nor may objects be mixed, cut out, turned or moved away
+        given |= {"crop_scale": (1.0, 1.0), "mixup": 0.0, "cutmix": 0.0, "rand_augment": None}
+    return dataclasses.replace(recipe, **given)
+
+
 def format_report(rows: list[dict]) -> str:
     """The rows of a report as tables, one for each task; accuracies in percent."""
     lines = []
@@ -2707,6 +2787,9 @@ def format_report(rows: list[dict]) -> str:
 
 def _in_words(setting: dict) -> str:
     """A setting in a few words."""
+    if "fine-tuning" in setting:
+        recipe = setting["fine-tuning"]
+        return f"{recipe['epochs']} epochs, rate {recipe['lr']:g}, the last epoch"
     head = {"bn": "batch norm + linear"}.get(setting["head"], setting["head"])
     return f"{setting['feature']}, {head}, rate {setting['rate']:g}, decay {setting['decay']:g}"
 
@@ -2739,7 +2822,7 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
             out.mkdir(parents=True, exist_ok=True)
 
     setup = set_up(config, loaded, place, home / "features")
-    protocol = {"frozen": probe_frozen}
+    protocol = {"frozen": probe_frozen, "augment": probe_augmented, "finetune": probe_fine_tuned}
     if place.main:
         tqdm.write(describe(setup))
     found = protocol[config.protocol](setup)
@@ -2760,7 +2843,7 @@ def draw_found(setup: Setup, found: Found, out: Path) -> None:
     task, names = next(iter(setup.tasks.items()))
     if found.predictions is not None:
         matrix = confusion(setup.sets.labels(task)[1], found.predictions, len(names))
-        title = f"{setup.trained}, {next(reversed(found.rows[-1]['figures']))}"
+        title = f"{setup.trained}, {[*found.rows[-1]['figures']][-1]}"
         draw_confusion(out / "confusion.png", matrix, names, title)
     if found.neighbours is not None:
         near = found.neighbours
