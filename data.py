@@ -16,8 +16,11 @@ import hashlib
 import json
 import os
 import re
+import struct
 import sys
 import typing
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,13 +37,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ijepa import MaskCollator
+from ijepa import DAMAGED, MaskCollator
 
 # ---------------------------------------------------------------------- what both scripts share
 
 
 class UserError(Exception):
     """Something the user can put right. Scripts print it in one line and end with exit code 2."""
+
+
+class StoppedError(Exception):
+    """A signal ended the run once it was saved. Scripts end with the exit code of that signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 def option(default, help: str, choices: Iterable[str] | None = None, positional: bool = False):
@@ -88,9 +99,15 @@ def parse_options(cls: type, description: str, argv: list[str] | None = None):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main: a UserError becomes one line on stderr and exit code 2.
+
+    A signal gives the exit code that shells expect: 128 and its number.
+    """
     try:
         main()
+    except StoppedError as stopped:
+        print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -109,22 +126,56 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Write to the path that this gives: `path` is replaced once all is on the disk, or not at all.
 
-    Raises UserError, and leaves what was there before, if that fails.
+    What was there before is kept as `previous`, if that is given. Raises UserError, and leaves what
+    was there, if writing fails.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         kept = "the previous one is still there" if path.exists() else "there was none before"
         raise UserError(f"{path} could not be written ({error}); {kept}") from error
+
+
+def verify_file(path: Path) -> None:
+    """Compare a file of `torch.save` with its checksums, which `torch.load` does not.
+
+    It is a zip archive of records, each stored as it is with a CRC-32. Refused too is what would
+    unpack to more than the file holds. Reads all of it, at some gigabytes a second if the disk
+    keeps up: seconds for ten gigabytes.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+            if packed or sum(record.file_size for record in records) > path.stat().st_size:
+                raise zipfile.BadZipFile("it would unpack to more than it holds")
+            if (name := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{name} does not have its checksum")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (*DAMAGED, zipfile.BadZipFile, OSError, ValueError, struct.error, zlib.error) as error:
+        raise UserError(
+            f"{path} is no checkpoint, or is truncated or damaged ({one_line(error)})"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in a line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def progress(items: Iterable, what: str, unit: str) -> tqdm:
@@ -156,8 +207,12 @@ class Place:
 
 
 @contextlib.contextmanager
-def placed(device: str | None) -> Iterator[Place]:
-    """Join the other processes, if `torchrun` started this one, and leave them at the end."""
+def placed(device: str | None, timeout: float = 120) -> Iterator[Place]:
+    """Join the other processes, if `torchrun` started this one, and leave them at the end.
+
+    They wait for one another for `timeout` minutes: while the main process downloads, reads a
+    million files, or saves. A process that hangs is noticed after that, and not before.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
@@ -175,10 +230,18 @@ def placed(device: str | None) -> Iterator[Place]:
     if kind.startswith("cuda"):
         gpu = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(gpu)
-    # Others wait while the main process downloads, reads a million files, or saves.
-    patience = timedelta(hours=2)
+    patience = timedelta(minutes=timeout)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
-    yield Place(rank, world_size, gpu or torch.device("cpu"))
+    try:
+        yield Place(rank, world_size, gpu or torch.device("cpu"))
+    except RuntimeError as error:
+        # What gloo and NCCL say when a process is gone or does not answer: no type tells it.
+        if not re.search(r"(?i)timed? ?out|clos(ed|ure)|reset by peer|broken pipe", str(error)):
+            raise
+        raise UserError(
+            f"process {rank} of {world_size}: another one has ended, or has not answered for "
+            f"{timeout:g} minutes (--timeout); one that does not say this hangs ({one_line(error)})"
+        ) from error
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 

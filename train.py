@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 8 train.py --model vit_huge     # ImageNet in data/imagenet
     python train.py --model vit_tiny --data cifar10 --resume  # go on where that run stopped
 
-A run lives in its folder (--out): last.pt and best.pt, log.csv, curves.png, and at the end
-result.json and result.png. It is a function of the seed and the batch size: processes, accumulation
-steps and workers may differ, also when it is resumed.
+A run lives in its folder (--out): last.pt and the one before it, previous.pt, best.pt, log.csv,
+curves.png, and at the end result.json and result.png. It is a function of the seed and the batch
+size: processes, accumulation steps and workers may differ, also when it is resumed. SIGTERM and
+Ctrl-C save it and end it after the step in hand; a second one ends it at once.
 """
 
 import contextlib
@@ -17,10 +18,12 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,6 +40,7 @@ from data import (
     Pictures,
     Place,
     Plan,
+    StoppedError,
     UserError,
     bf16_pays,
     default_sizes,
@@ -50,6 +54,7 @@ from data import (
     placed,
     run_script,
     train_batches,
+    verify_file,
     whole_file,
     writing,
 )
@@ -81,6 +86,7 @@ class TrainConfig:
     data_dir: str = option("data", "where named sets are, or are downloaded to")
     out: str | None = option(None, "the run's folder (default: runs/<model>_<data>)")
     resume: bool = option(False, "go on with the run in --out; its options need not be repeated")
+    auto_resume: bool = option(False, "--resume if there is a run in --out, otherwise start it")
     seed: int = option(0, "of everything random")
 
     epochs: int | None = option(None, "passes over the training pictures")
@@ -121,6 +127,7 @@ class TrainConfig:
     compile: bool | None = option(None, "torch.compile (default: on a GPU)")
     workers: int | None = option(None, "processes that decode pictures (default: one a core)")
     device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
+    timeout: float = option(120.0, "minutes that processes wait for one that does not answer")
     eval_every: int | None = option(None, "steps between evaluations (default: ten a run)")
     eval_images: int | None = option(
         None, "to look for neighbours among (default: 50000, 5000 on a CPU)"
@@ -132,8 +139,8 @@ class TrainConfig:
 
 # These may change when a run is resumed: they change what is computed by rounding at most.
 FREE = {
-    "data_dir", "out", "resume", "accum_steps", "bf16", "compile", "workers", "device",
-    "eval_every", "eval_images", "save_every", "log_every", "wandb",
+    "data_dir", "out", "resume", "auto_resume", "accum_steps", "bf16", "compile", "workers",
+    "device", "timeout", "eval_every", "eval_images", "save_every", "log_every", "wandb",
 }  # fmt: skip
 
 
@@ -147,11 +154,12 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
     """Command line -> complete configuration, architecture, and the checkpoint to resume from."""
     config, given = parse_options(TrainConfig, __doc__, argv)
     checkpoint = None
-    if config.resume:
+    # torchrun starts everything again when a process has died (--max-restarts): to go on.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if config.resume or ((config.auto_resume or restarted) and _begun(_out(config))):
         config, checkpoint = _resume(config, given)
     recipe = MODELS[config.model].recipe
-    filled = {"data": config.data or recipe.data}
-    filled["out"] = config.out or _default_out(config.model, filled["data"])
+    filled = {"data": config.data or recipe.data, "out": str(_out(config))}
     for field in dataclasses.fields(Recipe):
         if getattr(config, field.name) is None:
             filled[field.name] = getattr(recipe, field.name)
@@ -165,6 +173,8 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
             raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
         raise UserError("--crop-scale takes two shares of the picture, 0 < low <= high <= 1")
+    if not config.timeout > 0:
+        raise UserError(f"--timeout is {config.timeout}: it must be more than 0 minutes")
     for name, least in LEAST.items():
         if (value := getattr(config, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -178,18 +188,42 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
         raise UserError(str(error)) from error
 
 
-def _default_out(model: str, data: str) -> str:
-    return f"runs/{model}_{Path(data).name}"
+def _out(config: TrainConfig) -> Path:
+    """The run's folder."""
+    data = config.data or MODELS[config.model].recipe.data
+    return Path(config.out or f"runs/{config.model}_{Path(data).name}")
+
+
+def _begun(out: Path) -> bool:
+    """Whether a folder holds a run: a checkpoint of whichever kind."""
+    return any((out / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
+
+
+def read_last(out: Path) -> dict:
+    """The last checkpoint of a run, or the one before if that is damaged or was being replaced.
+
+    Returns it with its path as `path`. Raises UserError if neither can be used, with what can.
+    """
+    failures = []
+    for path in (out / "last.pt", out / "previous.pt"):
+        try:
+            verify_file(path)
+            return probe.read_checkpoint(path) | {"path": path}
+        except UserError as error:
+            if path.exists():
+                failures.append(str(error))
+    best = out / "best.pt"
+    offer = f"copy {best} to {out / 'last.pt'} to go on from there" if best.exists() else ""
+    if not failures:
+        what = offer or "leave out --resume to start"
+        raise UserError(f"--resume: there is no {out / 'last.pt'} to go on from ({what})")
+    raise UserError("; ".join(failures + [offer] * bool(offer)))
 
 
 def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
     """The configuration of the run in --out; options that would change the run are refused."""
-    data = config.data or MODELS[config.model].recipe.data
-    out = config.out or _default_out(config.model, data)
-    path = Path(out) / "last.pt"
-    if not path.is_file():
-        raise UserError(f"--resume: there is no {path} to go on from (leave out --resume to start)")
-    checkpoint = probe.read_checkpoint(path)
+    out = _out(config)
+    checkpoint = read_last(out)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     saved = {k: v for k, v in checkpoint["config"].items() if k in names}
     for name in sorted(given - FREE):
@@ -199,7 +233,7 @@ def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
                 f"{getattr(config, name)}: leave the option out, or start another run with --out"
             )
     changed = {name: getattr(config, name) for name in FREE & given}
-    return TrainConfig(**saved | changed | {"out": out}), checkpoint
+    return TrainConfig(**saved | changed | {"out": str(out)}), checkpoint
 
 
 def _architecture(config: TrainConfig) -> IJEPAConfig:
@@ -310,8 +344,13 @@ def _fixed() -> torch.Generator:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint so that at every moment either the old or the new one is there, whole."""
-    with whole_file(path) as temporary:
+    """Write a checkpoint so that at every moment either the old or the new one is there, whole.
+
+    The last.pt of before becomes previous.pt: disks and networks damage files after the fact, too.
+    """
+    previous = path.with_name("previous.pt") if path.name == "last.pt" else None
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it in mid-run
+    with whole_file(path, previous) as temporary:
         torch.save(state, temporary)
 
 
@@ -326,20 +365,30 @@ class Log:
 
     def __init__(self, out: Path, first_step: int):
         self.path = out / "log.csv"
-        rows = []
+        self.rows = []
         if self.path.exists():  # what was logged after the checkpoint will be logged again
-            with open(self.path, newline="") as file:
-                whole = [row for row in csv.DictReader(file) if None not in row.values()]
-            rows = [row for row in whole if int(row["step"]) <= first_step]
-        self.rows = rows
-        with writing(self.path), open(self.path, "w", newline="") as file:
+            with open(self.path, newline="", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS)]
+            whole = [row for row in rows if None not in row.values() and row["step"].isdecimal()]
+            self.rows = [row for row in whole if int(row["step"]) <= first_step]
+        self._write()
+
+    def _write(self) -> None:
+        with (
+            whole_file(self.path) as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def add(self, **row) -> None:
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
+        if not self.path.exists():  # somebody removed it in mid-run
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+            return
         with writing(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
 
@@ -365,8 +414,8 @@ class Log:
             axis.grid(alpha=0.3)
             if len(names) > 1:
                 axis.legend()
-        with writing(path):
-            figure.savefig(path, dpi=110)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
 
 
 def plt_subplots(*args, **kwargs):
@@ -420,8 +469,73 @@ def draw_result(
         for i, label in enumerate(evaluation.labels(shown).tolist()):
             title = f"{names[label]}:" if i == 0 else names[label]
             show(axes[4 + row, i], pictures[i], title=title)
-    with writing(path):
-        figure.savefig(path, dpi=110)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+# ------------------------------------------------------------------------------ when it must end
+
+
+class Signals:
+    """SIGTERM and Ctrl-C: the first asks for a run to be saved and left, a second ends it at once.
+
+    Of several processes each may get one, at different moments: they agree on the step to stop at.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, place: Place, timeout: float):
+        self.received = 0
+        self.pending = None
+        self.group = None
+        if place.world_size > 1:  # gloo: numbers on the CPU, for which no GPU has to be waited for
+            patience = timedelta(minutes=timeout)
+            self.group = dist.new_group(backend="gloo", timeout=patience)
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.received = number
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The number of a signal that any process has received, 0 if none; once a step, by all.
+
+        Among processes the answer is one step late: they exchange it while the step goes on.
+        """
+        if self.group is None:
+            return self.received
+        flag = torch.tensor(self.received)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        before, self.pending = self.pending, (flag, work)
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+
+def gathered(values: list[Tensor], place: Place) -> Tensor:
+    """Numbers of all processes, on the CPU: a list of n scalars -> (processes, n)."""
+    mine = torch.stack(values)
+    if place.world_size == 1:
+        return mine[None].cpu()
+    everyone = [torch.empty_like(mine) for _ in range(place.world_size)]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu()
+
+
+def largest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The largest absolute number among weights and optimizer state; NaN if there is one."""
+    states = (x for state in optimizer.state.values() for x in state.values() if x.ndim)
+    numbers = [x.detach() for x in (*model.parameters(), *states)]
+    return torch.stack(torch._foreach_norm(numbers, torch.inf)).max()
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -475,13 +589,18 @@ def duration(seconds: float) -> str:
 
 def train(config: TrainConfig, architecture: IJEPAConfig, checkpoint: dict | None) -> None:
     """Run from the first step, or from the checkpoint's, to the last, and say what was learned."""
-    with placed(config.device) as place:
-        _train(config, architecture, checkpoint, place)
+    with placed(config.device, config.timeout) as place:
+        number = _train(config, architecture, checkpoint, place)
+    if number:
+        raise StoppedError(
+            f"stopped by {signal.Signals(number).name} and saved: --resume goes on", number
+        )
 
 
 def _train(
     config: TrainConfig, architecture: IJEPAConfig, checkpoint: dict | None, place: Place
-) -> None:
+) -> int:
+    """Returns the number of the signal that ended the run, or 0."""
     say = tqdm.write if place.main else (lambda *_: None)
     cuda = place.device.type == "cuda"
     bf16 = bf16_pays(architecture.embed_dim, place.device) if config.bf16 is None else config.bf16
@@ -493,7 +612,7 @@ def _train(
     best, last = out / "best.pt", out / "last.pt"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose a folder")
-    if checkpoint is None and (best.exists() or last.exists()):
+    if fresh and _begun(out):
         raise UserError(
             f"{out} holds a run: add --resume to go on with it, or choose another folder with --out"
         )
@@ -551,7 +670,7 @@ def _train(
     torch.manual_seed(config.seed)
     model = IJEPA(architecture).to(place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
-    first, best_knn = 0, -1.0
+    first, best_knn, unlogged = 0, -1.0, []
     if checkpoint is not None:
         if checkpoint["pictures"] != len(data):
             raise UserError(
@@ -563,11 +682,20 @@ def _train(
             group["fused"] = cuda  # a run may be resumed on another device
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
+        unlogged = checkpoint.get("unlogged", [])
+        read_from = checkpoint["path"]
+        if read_from != last:
+            damaged = ", which is kept as damaged.pt" if last.exists() else ""
+            say(f"last.pt is missing or damaged{damaged}: going on from {read_from}, step {first}")
         checkpoint.clear()  # as large as the run itself
     run = start_wandb(config) if config.wandb and place.main else None
     if place.main:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
+            for leftover in out.glob("*.tmp"):  # of a process killed while it wrote
+                leftover.unlink()
+            if not fresh and read_from != last and last.exists():
+                os.replace(last, out / "damaged.pt")  # lest it become the next previous.pt
         log = Log(out, -1 if fresh else first)
     if compiled:  # a graph for each number of target patches, with gradients and without
         sizes = {height * width for height, width in masks.target_shapes.tolist()}
@@ -588,7 +716,16 @@ def _train(
             (loss / config.accum_steps).backward()
         return loss.detach() / config.accum_steps
 
-    def state(step: int) -> dict:
+    def check_weights(step: int) -> None:
+        """Refuse to keep what is broken: the loss would show it only in the next step."""
+        bad = ~gathered([largest(model, optimizer)], place)[:, 0].isfinite()
+        if bad.any():
+            raise UserError(
+                f"weights or optimizer state are not finite after step {step}: stopped. {last} is "
+                "from before; try a lower --lr"
+            )
+
+    def state(step: int, unlogged: list[float]) -> dict:
         return {
             "format": probe.CHECKPOINT_FORMAT,
             "config": dataclasses.asdict(config),
@@ -598,6 +735,7 @@ def _train(
             "pictures": len(data),
             "step": step,
             "best_knn": best_knn,
+            "unlogged": unlogged,  # losses since the last line of the log
             "random_state": torch.get_rng_state(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
         }
@@ -615,8 +753,8 @@ def _train(
             log.add(step=step, epoch=epoch, **row, **figures)
             log.draw(out / "curves.png")
             if improved:  # first, since last.pt will say that it has been saved
-                save(best, state(step))
-            save(last, state(step))
+                save(best, state(step, []))
+            save(last, state(step, []))
             if run:
                 names = {"Epoch": epoch, "Validation Loss": figures["val_loss"]}
                 run.log(names | figures, step=step)
@@ -647,14 +785,23 @@ def _train(
         evaluate(0, {})
 
     # The loop: rates, forward and backward, optimizer, moving average.
-    losses: list[Tensor] = []  # since the last line of the log, on the device
+    # Losses since the last line of the log, on the device.
+    losses = list(torch.tensor(unlogged, device=place.device))
     since = time.perf_counter()
     bar = tqdm(
         total=total, initial=first, disable=not place.main, unit=" steps", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )  # fmt: skip
-    with bar:
+    with bar, Signals(place, config.timeout) as signals:
         for step in range(first, total):
+            if number := signals.agreed():
+                recent = mean_losses(losses, step, place, last)
+                check_weights(step)
+                if place.main:
+                    save(last, state(step, recent))
+                if place.world_size > 1:
+                    dist.barrier()  # or torchrun would end the one that saves
+                return number
             lr = learning_rate(step, total, warmup, config.start_lr, config.lr, config.final_lr)
             decay = weight_decay(step, total, config.weight_decay, config.final_weight_decay)
             momentum = target_momentum(step, total, config.momentum, config.final_momentum)
@@ -674,17 +821,9 @@ def _train(
             at_save = done % config.save_every == 0
             if done % config.log_every == 0 or at_eval or at_save:
                 # Only here does the host wait for the device.
-                recent = torch.stack(losses)
-                if place.world_size > 1:
-                    dist.all_reduce(recent, dist.ReduceOp.SUM)
-                    recent /= place.world_size
-                recent = recent.tolist()
-                for i, value in enumerate(recent):
-                    if not math.isfinite(value):
-                        raise UserError(
-                            f"the loss is {value} at step {done - len(recent) + i + 1}: stopped. "
-                            f"{last} is from before; try a lower --lr"
-                        )
+                recent = mean_losses(losses, done, place, last)
+                if at_eval or at_save:
+                    check_weights(done)
                 rate = len(losses) * config.batch_size / (time.perf_counter() - since)
                 row = {
                     "loss": sum(recent) / len(recent),
@@ -702,9 +841,26 @@ def _train(
                 elif place.main:
                     log.add(step=done, epoch=epoch, **row)
                     if at_save:
-                        save(last, state(done))
+                        save(last, state(done, []))
                 losses, since = [], time.perf_counter()
     finish(config, architecture, model, evaluation, masks, place, out, run)
+    return 0
+
+
+def mean_losses(losses: list[Tensor], done: int, place: Place, last: Path) -> list[float]:
+    """The losses of the steps up to `done`, over all processes; UserError if one is not finite."""
+    if not losses:
+        return []
+    recent = gathered(losses, place)  # (processes, steps)
+    bad = (~recent.isfinite()).T.nonzero()  # rows of (step, process), in order
+    if len(bad):
+        step, rank = bad[0].tolist()
+        where = f" in process {rank} of {place.world_size}" if place.world_size > 1 else ""
+        raise UserError(
+            f"the loss is {recent[rank, step]} at step {done - len(losses) + step + 1}{where}: "
+            f"stopped. {last} is from before; try a lower --lr"
+        )
+    return recent.mean(0).tolist()
 
 
 def start_wandb(config: TrainConfig):
@@ -724,8 +880,8 @@ def finish(config, architecture, model, evaluation, masks, place, out: Path, run
     draw_result(out / "result.png", model, evaluation, masks)
     if not place.main:
         return
-    with writing(out / "result.json"):
-        (out / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
+    with whole_file(out / "result.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
     tqdm.write("\nAccuracy on held-out pictures, %\n" + probe.format_table(rows))
     tqdm.write(f"\ncurves: {out / 'curves.png'}   pictures: {out / 'result.png'}")
     if run:
