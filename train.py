@@ -154,9 +154,7 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
     """Command line -> complete configuration, architecture, and the checkpoint to resume from."""
     config, given = parse_options(TrainConfig, __doc__, argv)
     checkpoint = None
-    # torchrun starts everything again when a process has died (--max-restarts): to go on.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if config.resume or ((config.auto_resume or restarted) and _begun(_out(config))):
+    if config.resume or (config.auto_resume and _begun(_out(config))):
         config, checkpoint = _resume(config, given)
     recipe = MODELS[config.model].recipe
     filled = {"data": config.data or recipe.data, "out": str(_out(config))}
@@ -703,8 +701,11 @@ def _train(
         model.compile(dynamic=False)
     wrapped = model
     if place.world_size > 1:
+        # Positions are constants: there is nothing to keep equal.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
         wrapped = DistributedDataParallel(
-            model, device_ids=[place.device] if cuda else None, broadcast_buffers=False
+            model, device_ids=[place.device] if cuda else None, gradient_as_bucket_view=True
         )
 
     def run_micro(batch: Batch, sync: bool = True) -> Tensor:

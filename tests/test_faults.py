@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import HERE, ROOT, assert_close_runs, assert_same_run, load, make_folder
+from test_train import (
+    HERE,
+    ROOT,
+    assert_close_runs,
+    assert_equal,
+    assert_same_run,
+    load,
+    log_of,
+    make_folder,
+)
 
 import data
 import train
@@ -49,11 +58,15 @@ def ended(*processes, seconds: float = 60) -> list[int]:
             process.join()
 
 
-def run(out: Path, *options: str, faults: dict | None = None, world: int = 1) -> tuple[list, str]:
-    """Exit codes and what was said by all processes of a run that ends by itself."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run(out: Path, *options: str, faults: dict | None = None, world: int = 1) -> tuple[list, str]:
+    """Exit codes and what was said by all processes of a run that ends by itself."""
+    port = free_port()
     codes = ended(
         *(start(out, *options, faults=faults, rank=r, world=world, port=port) for r in range(world))
     )
@@ -188,10 +201,7 @@ def test_a_loss_that_breaks_in_one_process_stops_all_and_names_it(tmp_path, pict
 
 def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path, pictures):
     out, options = tmp_path / "run", ["--data", pictures, *RUN, "--timeout", "0.05"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    faults = {"hang": [1, 5]}
+    port, faults = free_port(), {"hang": [1, 5]}
     runs = [start(out, *options, faults=faults, rank=r, world=2, port=port) for r in range(2)]
     try:
         runs[0].join(60)
@@ -204,8 +214,115 @@ def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path, pictures
     assert load(out)["step"] == 4
 
 
-def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path, pictures):
-    out = tmp_path / "run"
-    codes, said = run(out, "--data", pictures, *RUN, faults={"die": [1, 5]}, world=2)
-    assert codes == [2, -signal.SIGKILL]
+def test_a_run_whose_process_died_goes_on_when_all_are_started_again(tmp_path, pictures, reference):
+    out, options = tmp_path / "run", ["--data", pictures, *RUN, "--auto-resume"]
+    codes, said = run(out, *options, faults={"die": [1, 9]}, world=2)
+    assert codes == [2, -signal.SIGKILL] and load(out)["step"] == 8
     assert "process 0 of 2: another one has ended" in said and "Traceback" not in said
+    finished(out, *options, faults={"die": [1, 9]}, world=2)  # as torchrun does
+    assert_close_runs(out, reference)
+    assert [row["step"] for row in log_of(out)] == [row["step"] for row in log_of(reference)]
+
+
+@pytest.mark.parametrize("again", [["--auto-resume"], ["--resume"]])
+def test_auto_resume_starts_a_run_and_goes_on_with_it(tmp_path, pictures, reference, again):
+    out, options = tmp_path / "run", ["--data", pictures, *RUN]
+    faults = {"signal": [0, 6, signal.SIGTERM]}
+    assert run(out, *options, "--auto-resume", faults=faults)[0] == [143]
+    finished(out, *options, *again)
+    assert_same_run(out, reference)
+
+
+@pytest.mark.parametrize("world, accum", [(1, 4), (2, 2), (4, 1)])
+def test_processes_and_accumulation_change_nothing_but_rounding(
+    tmp_path, pictures, reference, world, accum
+):
+    out = tmp_path / "run"
+    finished(out, "--data", pictures, *RUN, "--accum-steps", str(accum), world=world)
+    assert_close_runs(out, reference)
+
+
+def test_a_run_goes_from_one_process_to_four_and_back(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    code = [128 + signal.SIGTERM]
+    at_6, at_12 = ({"signal": [0, step, signal.SIGTERM]} for step in (6, 12))
+    assert run(out, "--data", pictures, *RUN, faults=at_6)[0] == code
+    assert run(out, "--resume", *HERE, faults=at_12, world=4)[0] == 4 * code
+    assert load(out)["step"] == 14
+    finished(out, "--resume", *HERE)
+    assert_close_runs(out, reference)
+
+
+# ----------------------------------------------------------------- checkpoints that are damaged
+
+
+@pytest.fixture
+def begun(tmp_path, pictures) -> Path:
+    """A run that was stopped after nine steps: previous.pt is of eight."""
+    out = tmp_path / "begun"
+    assert run(out, "--data", pictures, *RUN, faults={"signal": [0, 8, 15]})[0] == [143]
+    assert (load(out)["step"], load(out, "previous.pt")["step"]) == (9, 8)
+    return out
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, of a weight
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=lambda f: f.__name__)
+def test_the_checkpoint_before_the_last_is_used_if_that_is_damaged(begun, reference, damage):
+    damage(begun / "last.pt")
+    was = (begun / "last.pt").exists() and (begun / "last.pt").read_bytes()
+    said = finished(begun, "--resume", *HERE)
+    assert f"going on from {begun / 'previous.pt'}, step 8" in said
+    assert_same_run(begun, reference)
+    kept = begun / "damaged.pt"
+    assert kept.read_bytes() == was if was else not kept.exists()
+
+
+def test_if_no_checkpoint_but_the_best_is_whole_it_is_offered(begun):
+    for name in ("last.pt", "previous.pt"):
+        flip(begun / name)
+    codes, said = run(begun, "--resume", *HERE)
+    assert codes == [2] and said.count("\n") == 1
+    for words in ("last.pt is no checkpoint, or is truncated or damaged", "previous.pt is no"):
+        assert words in said
+    assert f"copy {begun / 'best.pt'} to {begun / 'last.pt'}" in said
+    shutil.copy(begun / "best.pt", begun / "last.pt")
+    finished(begun, "--resume", *HERE)
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """At 300 places of a checkpoint, most of them in what describes its records."""
+    path = tmp_path / "last.pt"
+    wanted = {"format": train.probe.CHECKPOINT_FORMAT, "model": {"x": torch.arange(100.0)}}
+    train.save(path, wanted)
+    whole, noticed = path.read_bytes(), 0
+    chance = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            data.verify_file(path)
+            assert_equal(train.probe.read_checkpoint(path), wanted)
+        except data.UserError:
+            noticed += 1
+    assert noticed > 100
+    path.write_bytes(whole)
+    data.verify_file(path)
+
+
+# ------------------------------------------------------------------- what others do to a run
+
+
+def test_a_folder_removed_in_mid_run_is_made_again(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    finished(out, "--data", pictures, *RUN, faults={"remove": [0, 9]})
+    assert_same_run(out, reference)

@@ -6,7 +6,7 @@ FAULTS is JSON, a dict of any of these; with a rank, for the process of that ran
     sync     seconds that each file takes longer to reach the disk
     nan      [rank, step]: the loss of the step (from 0) is not a number
     hang     [rank, step]: never goes on, and lets no signal handler run
-    die      [rank, step]: killed by signal 9, unless torchrun has started everything again
+    die      [rank, step]: killed by signal 9, but once only
     signal   [rank, step, number]: sends itself a signal
     remove   [rank, step]: removes --out
 
@@ -37,19 +37,20 @@ def break_things(faults: dict) -> None:
     rank = int(os.environ.get("RANK", 0))
     at = {name: step for name, step in at.items() if faults[name][0] == rank}
     rate, forward, fsync = train.learning_rate, ijepa.IJEPA.forward, os.fsync
-    now = [-1]
+    now, out = [-1], Path(sys.argv[sys.argv.index("--out") + 1])
 
     def learning_rate(step, *rest):  # called at the beginning of each step
         now[0] = step
         time.sleep(faults.get("slow", 0))
         if at.get("hang") == step:
             ctypes.PyDLL(None).sleep(1000)  # holds the interpreter, as a stuck driver does
-        if at.get("die") == step and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if at.get("die") == step and not (out / "died").exists():
+            (out / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if at.get("signal") == step:
             os.kill(os.getpid(), faults["signal"][2])
         if at.get("remove") == step:
-            shutil.rmtree(sys.argv[sys.argv.index("--out") + 1])
+            shutil.rmtree(out)
         return rate(step, *rest)
 
     def nan_forward(self, *args):
@@ -84,11 +85,11 @@ def start(
 ) -> multiprocessing.Process:
     """`train.py --out OUT OPTIONS` with faults, as one of several processes.
 
-    What it says is in `<out>.said<rank>`. A server that has imported everything forks it: seconds
+    What it says is in `<out>.said<rank>`. A server that has imported PyTorch forks it: seconds
     less than a fresh interpreter.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faulty", "matplotlib.figure"])
+    context.set_forkserver_preload(["torch._dynamo", "torchvision", "einops", "tqdm"])
     environment = {}
     if world > 1:
         environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
