@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,8 +46,10 @@ from data import (
     bf16_pays,
     default_sizes,
     eval_batches,
+    fits,
     generator_for,
     hold_out,
+    listing,
     load_data,
     main_first,
     option,
@@ -144,10 +147,18 @@ FREE = {
 }  # fmt: skip
 
 
-LEAST = {
-    "epochs": 1, "steps": 1, "batch_size": 1, "accum_steps": 1, "log_every": 1, "save_every": 1,
-    "eval_every": 1, "eval_images": 1, "workers": 0,
+# What is out of bounds for sure: to be refused in a line, not by hours or by the last of memory.
+BOUNDS = {
+    "epochs": (1, 10**6), "steps": (1, 10**8), "batch_size": (1, 2**20), "accum_steps": (1, 2**20),
+    "lr": (0, math.inf), "start_lr": (0, math.inf), "final_lr": (0, math.inf),
+    "warmup_epochs": (0, 10**6), "weight_decay": (0, 100), "final_weight_decay": (0, 100),
+    "momentum": (0, 1), "final_momentum": (0, 1), "seed": (0, 2**63 - 1), "img_size": (1, 4096),
+    "patch_size": (1, 4096), "predictor_dim": (1, 2**14), "predictor_depth": (0, 1000),
+    "num_targets": (1, 64), "init_std": (0, 100), "clutter": (0, 100), "workers": (0, 1000),
+    "timeout": (0.001, 10**5), "eval_every": (1, 10**9), "eval_images": (1, 10**7),
+    "save_every": (1, 10**9), "log_every": (1, 10**9),
 }  # fmt: skip
+MOST_PATCHES = 2**14  # a picture of 2048 pixels in patches of 16
 
 
 def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, dict | None]:
@@ -166,24 +177,32 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
     config = dataclasses.replace(config, **filled)
     if "clutter" in given and config.data != "shapes":
         raise UserError(f"--clutter is for --data shapes, not for {config.data}")
-    for name in ("momentum", "final_momentum"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
         raise UserError("--crop-scale takes two shares of the picture, 0 < low <= high <= 1")
-    if not config.timeout > 0:
-        raise UserError(f"--timeout is {config.timeout}: it must be more than 0 minutes")
-    for name, least in LEAST.items():
-        if (value := getattr(config, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    for name, (least, most) in BOUNDS.items():
+        if (value := getattr(config, name)) is not None and not least <= value <= most:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}: it must be at least {least}"
+                + (f" and at most {most}" if most < math.inf else "")
+            )
     if {"epochs", "steps"} <= given:
         raise UserError("--epochs and --steps contradict each other: give one")
     try:
         if checkpoint is not None:
-            return config, IJEPAConfig(**checkpoint["architecture"]), checkpoint
-        return config, _architecture(config), None
+            architecture = IJEPAConfig(**checkpoint["architecture"])
+        else:
+            architecture = _architecture(config)
+        rows, columns = grid_of(architecture.img_size, architecture.patch_size)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if rows * columns > MOST_PATCHES:
+        raise UserError(
+            f"{rows}x{columns} patches a picture are more than {MOST_PATCHES}: choose a smaller "
+            "--img-size, or a larger --patch-size"
+        )
+    if checkpoint is not None:
+        check_tensors(checkpoint, architecture)
+    return config, architecture, checkpoint
 
 
 def _out(config: TrainConfig) -> Path:
@@ -194,7 +213,7 @@ def _out(config: TrainConfig) -> Path:
 
 def _begun(out: Path) -> bool:
     """Whether a folder holds a run: a checkpoint of whichever kind."""
-    return any((out / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
+    return any(os.path.exists(out / name) for name in ("last.pt", "previous.pt", "best.pt"))
 
 
 def read_last(out: Path) -> dict:
@@ -218,12 +237,83 @@ def read_last(out: Path) -> dict:
     raise UserError("; ".join(failures + [offer] * bool(offer)))
 
 
+def check_fields(path: Path, what: str, values, cls: type) -> dict:
+    """Those values of a checkpoint that are fields of `cls`; UserError unless their types are."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no checkpoint of train.py: it has no {what}")
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        field = cls.__dataclass_fields__.get(name)
+        choices = field and field.metadata.get("choices")
+        if (field and not fits(value, hints[name])) or (choices and value not in (None, *choices)):
+            raise UserError(f"{path} is no checkpoint of train.py: its {what} has {name} {value!r}")
+    return {name: value for name, value in values.items() if name in hints}
+
+
+def check_tensors(checkpoint: dict, architecture: IJEPAConfig) -> None:
+    """Raise UserError unless a checkpoint's weights are those of its architecture.
+
+    Before anything is built: what a file says of sizes costs nothing, what it makes us build does.
+    """
+    model, path = checkpoint.get("model"), checkpoint["path"]
+    kind = UserError(f"{path} is no checkpoint of train.py: its weights are not those of its model")
+    layers = architecture.depth + architecture.predictor_depth
+    if not isinstance(model, dict) or layers > len(model) or architecture.in_chans != 3:
+        raise kind
+    with torch.device("meta"):  # shapes without memory
+        wanted = IJEPA(architecture).state_dict()
+    if wanted.keys() != model.keys():
+        raise kind
+    for name, tensor in wanted.items():
+        given = model[name]
+        if type(given) is not Tensor or (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
+            raise kind
+    for name, hint in CHECKPOINT_FIELDS.items():
+        if not fits(checkpoint.get(name), hint):
+            raise UserError(f"{path} is no checkpoint of train.py: its {name} is not one")
+
+
+CHECKPOINT_FIELDS = {"step": int, "pictures": int, "best_knn": float, "optimizer": dict}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """The state of AdamW from a checkpoint, and nothing but that: all else is set here.
+
+    Raises UserError if it is not that of these parameters.
+    """
+    kind = UserError(f"{path} is no checkpoint of train.py: its optimizer state does not fit")
+    state = saved.get("state")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(state, dict) or set(state) not in (set(), set(range(len(parameters)))):
+        raise kind
+    for i, values in state.items():
+        shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+        if (
+            not isinstance(values, dict)
+            or {name: getattr(value, "shape", None) for name, value in values.items()} != shapes
+        ):
+            raise kind
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
 def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
     """The configuration of the run in --out; options that would change the run are refused."""
     out = _out(config)
     checkpoint = read_last(out)
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    saved = {k: v for k, v in checkpoint["config"].items() if k in names}
+    path = checkpoint["path"]
+    saved = check_fields(path, "configuration", checkpoint.get("config"), TrainConfig)
+    architecture = checkpoint.get("architecture")
+    if architecture != check_fields(path, "architecture", architecture, IJEPAConfig):
+        raise UserError(f"{path} is no checkpoint of train.py: its architecture is another kind")
+    # Nothing is written where a file says, only where the command line does: --out, --data-dir.
+    data_dir = saved.pop("data_dir", config.data_dir)
+    downloads = saved.get("data") in NAMED and saved.get("data") != "shapes"
+    if downloads and data_dir != config.data_dir:
+        raise UserError(
+            f"--resume: the run in {out} has its pictures in {data_dir}: if that is "
+            f"right, add --data-dir {data_dir}"
+        )
+    saved["data_dir"] = config.data_dir
     for name in sorted(given - FREE):
         if getattr(config, name) != saved.get(name):
             raise UserError(
@@ -270,8 +360,8 @@ class Evaluation:
         """(n,) labels of a task, the set's first one by default."""
         return self.data.labels[task or next(iter(self.data.labels))][index]
 
-    def batches(self, index: Tensor) -> Iterator[Tensor]:
-        return eval_batches(self.data, index, 500, self.place.device, self.workers)
+    def batches(self, index: Tensor, batch_size: int = 500) -> Iterator[Tensor]:
+        return eval_batches(self.data, index, batch_size, self.place.device, self.workers)
 
     def features(self, encoder, index: Tensor) -> Tensor:
         """Pooled features (n, D) on the CPU; every process computes its part."""
@@ -293,13 +383,13 @@ class Evaluation:
         drawn = masks.sample(len(index), _fixed())
         total = torch.zeros((), dtype=torch.float64)
         parts = zip(index.split(256), *(idx.split(256) for idx in drawn), strict=True)
-        for i, (part, context_idx, target_idx) in enumerate(parts):
-            if i % self.place.world_size == self.place.rank:
-                images = next(self.batches(part))
-                context_idx, target_idx = (x.to(images.device) for x in (context_idx, target_idx))
+        mine = list(parts)[self.place.rank :: self.place.world_size]
+        if mine:
+            batches = self.batches(torch.cat([part for part, *_ in mine]), 256)
+            for images, (part, *idx) in zip(batches, mine, strict=True):
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                     # Not the compiled form, which would be compiled again for these shapes.
-                    loss = model.forward(images, context_idx, target_idx)
+                    loss = model.forward(images, *(x.to(images.device) for x in idx))
                 total += loss.double().cpu() * len(part)
         if self.place.world_size > 1:
             total = total.to(self.place.device)
@@ -668,20 +758,23 @@ def _train(
     torch.manual_seed(config.seed)
     model = IJEPA(architecture).to(place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
-    first, best_knn, unlogged = 0, -1.0, []
+    first, best_knn, unlogged, files = 0, -1.0, [], listing(data)
     if checkpoint is not None:
+        read_from = checkpoint["path"]
         if checkpoint["pictures"] != len(data):
             raise UserError(
                 f"--resume: {config.data} has {len(data)} pictures, but the run in {out} began "
                 f"with {checkpoint['pictures']}: put the same pictures there"
             )
+        if checkpoint.get("listing", files) != files:
+            raise UserError(
+                f"--resume: {config.data} has as many pictures as when the run in {out} began, but "
+                "other files or labels: put the same pictures there"
+            )
         model.load_state_dict(checkpoint["model"])
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = cuda  # a run may be resumed on another device
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], read_from)
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
         unlogged = checkpoint.get("unlogged", [])
-        read_from = checkpoint["path"]
         if read_from != last:
             damaged = ", which is kept as damaged.pt" if last.exists() else ""
             say(f"last.pt is missing or damaged{damaged}: going on from {read_from}, step {first}")
@@ -734,6 +827,7 @@ def _train(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "pictures": len(data),
+            "listing": files,
             "step": step,
             "best_knn": best_knn,
             "unlogged": unlogged,  # losses since the last line of the log
