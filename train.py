@@ -260,8 +260,11 @@ def check_tensors(checkpoint: dict, architecture: IJEPAConfig) -> None:
     layers = architecture.depth + architecture.predictor_depth
     if not isinstance(model, dict) or layers > len(model) or architecture.in_chans != 3:
         raise kind
-    with torch.device("meta"):  # shapes without memory
-        wanted = IJEPA(architecture).state_dict()
+    try:
+        with torch.device("meta"):  # shapes without memory
+            wanted = IJEPA(architecture).state_dict()
+    except RuntimeError as error:  # no such tensor could be
+        raise kind from error
     if wanted.keys() != model.keys():
         raise kind
     for name, tensor in wanted.items():

@@ -9,6 +9,7 @@ FAULTS is JSON, a dict of any of these; with a rank, for the process of that ran
     die      [rank, step]: killed by signal 9, but once only
     signal   [rank, step, number]: sends itself a signal
     remove   [rank, step]: removes --out
+    group    true: in a process group of its own
 
 What takes longer than the run itself, pictures and linear probes, is left out.
 """
@@ -33,7 +34,7 @@ import train
 
 def break_things(faults: dict) -> None:
     """Put the faults into train.py, for this process."""
-    at = {name: value[1] for name, value in faults.items() if name not in ("slow", "sync")}
+    at = {name: value[1] for name, value in faults.items() if name not in ("slow", "sync", "group")}
     rank = int(os.environ.get("RANK", 0))
     at = {name: step for name, step in at.items() if faults[name][0] == rank}
     rate, forward, fsync = train.learning_rate, ijepa.IJEPA.forward, os.fsync
@@ -74,6 +75,9 @@ def main(faults: dict, argv: list[str], environment: dict, said: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    if faults.get("group"):
+        os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, as outside of here
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
     break_things(faults)
