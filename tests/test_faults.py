@@ -606,23 +606,30 @@ def command_lines(draw) -> list[str]:
         choices = OPTIONS[name].metadata["choices"]
         count = draw(st.sampled_from([0, 1, 1, 1, 1, 2, 2]))
         values = st.sampled_from([*choices]) if choices else NUMBERS
+        if isinstance(OPTIONS[name].default, bool) or "bool" in str(OPTIONS[name].type):
+            count = 0
+        elif "Range" in str(OPTIONS[name].type):
+            values, count = NUMBERS | st.floats(0, 1), 2
         argv += [name, *(str(draw(values)) for _ in range(count))]
     return argv
 
 
 @st.composite
 def mask_settings(draw) -> tuple[tuple, dict]:
-    scales = st.floats(0, 1.2) | st.floats()
-    pairs = st.tuples(scales, scales)
+    scales = (
+        st.sampled_from([0.1, 0.15, 0.2, 0.25, 0.5, 0.85, 1.0]) | st.floats(0, 1.2) | st.floats()
+    )
+    pairs = st.tuples(scales, scales) | st.tuples(scales, scales).map(lambda x: tuple(sorted(x)))
     chosen = {
         "strategy": draw(st.sampled_from([*ijepa.STRATEGIES])),
-        "num_targets": draw(st.none() | st.integers(-1, 6)),
-        "target_scale": draw(st.none() | pairs),
+        "num_targets": draw(st.none() | st.none() | st.integers(-1, 6)),
+        "target_scale": draw(st.none() | st.none() | pairs),
         "target_aspect": draw(st.just((0.75, 1.5)) | pairs),
-        "context_scale": draw(st.none() | pairs),
-        "context_size": draw(st.none() | st.integers(-1, 40)),
+        "context_scale": draw(st.none() | st.none() | pairs),
+        "context_size": draw(st.none() | st.none() | st.integers(-1, 40)),
     }
-    return (draw(st.integers(-1, 12)), draw(st.integers(-1, 12))), chosen
+    sides = st.integers(2, 16) | st.integers(-1, 16)
+    return (draw(sides), draw(sides)), chosen
 
 
 def check_command_line(argv: list[str]) -> bool:
