@@ -1377,6 +1377,10 @@ def _load(path: Path, mmap: bool):
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
             if zipped:  # torch does not look at the checksums, and loads whatever is there
                 with zipfile.ZipFile(path) as archive:
+                    records = archive.infolist()
+                    packed = any(record.compress_type for record in records)  # never by torch
+                    if packed or sum(r.file_size for r in records) > path.stat().st_size:
+                        raise zipfile.BadZipFile("it would unpack to more than it holds")
                     if record := archive.testzip():
                         raise zipfile.BadZipFile(f"{record} does not match its checksum")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
