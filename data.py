@@ -13,12 +13,18 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
+import signal
+import stat
 import sys
+import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +47,27 @@ from ijepa import MaskCollator
 
 class UserError(Exception):
     """Something the user can put right. Scripts print it in one line and end with exit code 2."""
+
+
+class StoppedError(Exception):
+    """A signal ended the run once it was saved. Scripts end with the exit code of that signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+def fits(value, hint) -> bool:
+    """Whether a value read from a file is of a field's type, and finite if it is a number."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        same = isinstance(value, tuple) and len(value) == len(parts)
+        return same and all(map(fits, value, parts))
+    if parts:  # X | None
+        return any(fits(value, part) for part in parts)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
 
 
 def option(default, help: str, choices: Iterable[str] | None = None, positional: bool = False):
@@ -89,11 +116,26 @@ def parse_options(cls: type, description: str, argv: list[str] | None = None):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main: a UserError becomes one line on stderr and exit code 2.
+
+    A signal gives the exit code that shells expect: 128 and its number.
+    """
     try:
         main()
+    except StoppedError as stopped:
+        print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print(
+            f"{Path(sys.argv[0]).name}: error: {one_line(error)} It decoded pictures: if memory "
+            "ran out, lower --workers",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
@@ -110,22 +152,30 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Write to the path that this gives: `path` is replaced once all is on the disk, or not at all.
 
-    Raises UserError, and leaves what was there before, if that fails.
+    What was there before is kept as `previous`, if that is given. Raises UserError, and leaves what
+    was there, if writing fails.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         kept = "the previous one is still there" if path.exists() else "there was none before"
         raise UserError(f"{path} could not be written ({error}); {kept}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in a line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def progress(items: Iterable, what: str, unit: str) -> tqdm:
@@ -157,8 +207,12 @@ class Place:
 
 
 @contextlib.contextmanager
-def placed(device: str | None) -> Iterator[Place]:
-    """Join the other processes, if `torchrun` started this one, and leave them at the end."""
+def placed(device: str | None, timeout: float = 120) -> Iterator[Place]:
+    """Join the other processes, if `torchrun` started this one, and leave them at the end.
+
+    They wait for one another for `timeout` minutes: while the main process downloads, reads a
+    million files, or saves. A process that hangs is noticed after that, and not before.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
@@ -176,10 +230,18 @@ def placed(device: str | None) -> Iterator[Place]:
     if kind.startswith("cuda"):
         gpu = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(gpu)
-    # Others wait while the main process downloads, reads a million files, or saves.
-    patience = timedelta(hours=2)
+    patience = timedelta(minutes=timeout)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
-    yield Place(rank, world_size, gpu or torch.device("cpu"))
+    try:
+        yield Place(rank, world_size, gpu or torch.device("cpu"))
+    except RuntimeError as error:
+        # What gloo and NCCL say when a process is gone or does not answer: no type tells it.
+        if not re.search(r"(?i)timed? ?out|clos(ed|ure)|reset by peer|broken pipe", str(error)):
+            raise
+        raise UserError(
+            f"process {rank} of {world_size}: another one has ended, or has not answered for "
+            f"{timeout:g} minutes (--timeout); one that does not say this hangs ({one_line(error)})"
+        ) from error
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
@@ -301,6 +363,20 @@ def crop_resize(pictures: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Ten
 # ---------------------------------------------------------------------------- sets of pictures
 
 
+class Files(Sequence):
+    """Paths below a folder, in one array: a million objects would be copied into every worker."""
+
+    def __init__(self, root: Path, paths: Iterable[Path]):
+        skip = len(os.fsencode(root)) + 1
+        self.root, self.names = root, np.array([os.fsencode(path)[skip:] for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.names[index])
+
+
 @dataclass
 class Pictures:
     """A set in memory: decoded once, square, uint8, on the GPU if there is one."""
@@ -308,6 +384,7 @@ class Pictures:
     images: Tensor  # (n, 3, S, S) uint8
     labels: dict[str, Tensor]  # task -> (n,) int64; -1 where a picture has no label
     classes: dict[str, list[str]]  # task -> names; the first task is the main one
+    files: Files | None = None  # where they come from, if from a folder
 
     img_size = property(lambda self: self.images.shape[-1])
 
@@ -327,7 +404,7 @@ class Pictures:
 class Folder:
     """A set on disk, `<root>/<class>/<picture>`, decoded when needed by worker processes."""
 
-    files: list[Path]
+    files: Files
     labels: dict[str, Tensor]
     classes: dict[str, list[str]]
     img_size: int
@@ -363,9 +440,25 @@ class Folder:
         return images
 
 
+def _opened(path: Path) -> Image.Image:
+    """A picture file, not decoded yet.
+
+    Raises OSError for what is no file (a pipe would be waited for), DecompressionBombError or
+    DecompressionBombWarning above 89 million pixels, and what decoders raise.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
 def open_picture(path: Path) -> Image.Image:
-    """A picture file as RGB, the right way up, 8 of 16 bits."""
-    with Image.open(path) as picture:
+    """A picture file as RGB, the right way up, 8 of 16 bits; of an animation the first picture.
+
+    Raises almost anything if it is damaged; see `_opened`.
+    """
+    with _opened(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):  # 16 bits, which convert() would clip to white
             picture = Image.fromarray((np.array(picture) // 256).clip(0, 255).astype(np.uint8))
@@ -411,21 +504,24 @@ IN_MEMORY_BYTES = 4e9  # unless they need more than this
 
 
 @lru_cache  # a million files take a while
-def scan_folder(root: Path, part: str) -> tuple[list[Path], Tensor, list[str]]:
+def scan_folder(root: Path, part: str) -> tuple[Files, Tensor, list[str]]:
     """Files, labels (n,) and class names of `<root>/<part>/<class>/<picture>`."""
     folder = root / part
     if part == "test" and not folder.is_dir():
         folder = root / "val"
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {part}/: expected {root / part}/<class>/<picture>")
-    classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = (f for f in (folder / name).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
-        found = sorted(found)
-        files += found
-        labels += [label] * len(found)
-    if not files:
+    paths, labels = [], []
+    try:
+        classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+        for label, name in enumerate(classes):
+            found = (f for f in (folder / name).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
+            paths += sorted(found)
+            labels += [label] * (len(paths) - len(labels))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error}") from error
+    files = Files(folder, paths)
+    if not paths:
         raise UserError(f"no pictures under {folder}: expected {folder}/<class>/<picture>.jpg")
     if len(set(labels)) < 2:
         raise UserError(f"{folder} has pictures of one class only: evaluation needs at least two")
@@ -440,7 +536,7 @@ def data_root(name: str, data_dir: str) -> Path:
             f"ImageNet is not at {root}: put its train/<wnid>/*.JPEG and val/<wnid>/*.JPEG there, "
             "or try --data cifar10 (downloads 170 MB) or --data shapes (needs nothing)"
         )
-    if not root.is_dir():
+    if not os.path.isdir(root):  # Path.is_dir() raises for names that are too long
         raise UserError(f"--data {name} is neither a folder nor one of {', '.join(NAMED)}")
     return root
 
@@ -464,11 +560,11 @@ def largest_side(root: Path, samples: int = 64) -> int:
     """The largest side in pixels among a sample of the training pictures of a folder."""
     files, _, _ = scan_folder(root, "train")
     largest = 0
-    for path in files[:: max(1, len(files) // samples)]:
+    for index in range(0, len(files), max(1, len(files) // samples)):
         try:
-            with Image.open(path) as picture:
+            with _opened(files[index]) as picture:
                 largest = max(largest, *picture.size)
-        except OSError:
+        except Exception:
             continue  # reading the set will report and count it
     return largest
 
@@ -512,7 +608,7 @@ def load_data(
     for i in progress(range(len(files)), f"reading {root.name}/{part}", " pictures"):
         images[i] = centre_crop(folder.open(i, broken), img_size)
     report_broken(broken, set(), len(files))
-    return Pictures(images.to(device), folder.labels, folder.classes)
+    return Pictures(images.to(device), folder.labels, folder.classes, files)
 
 
 def report_broken(new: set[str], known: set[str], total: int) -> set[str]:
@@ -549,6 +645,16 @@ def fingerprint(data: "Pictures | Folder") -> str:
     return digest.hexdigest()
 
 
+def listing(data: "Pictures | Folder") -> str:
+    """A short name of which pictures these are, wherever their folder is: files and labels."""
+    digest = hashlib.blake2b(digest_size=16)
+    if data.files is not None:
+        digest.update(b"\0".join(data.files.names.tolist()))
+    for labels in data.labels.values():
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
 # The distance of the nearest object in six steps, as in the Visual Task Adaptation Benchmark
 # (Zhai et al. 2019), which the paper's Clevr/Dist goes by.
 CLEVR_DISTANCES = torch.tensor([8.0, 8.5, 9.0, 9.5, 10.0], dtype=torch.float64)
@@ -570,13 +676,14 @@ def _clevr(part: str, data_dir: str, img_size: int) -> Folder:
             scenes = sorted(json.load(file)["scenes"], key=lambda scene: scene["image_filename"])
         nearest = [min(o["pixel_coords"][2] for o in scene["objects"]) for scene in scenes]
         counts = torch.tensor([len(scene["objects"]) for scene in scenes])
-        files = [root / "images" / split / scene["image_filename"] for scene in scenes]
+        folder = root / "images" / split
+        files = Files(folder, (folder / scene["image_filename"] for scene in scenes))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"clevr is not in {data_dir} and could not be downloaded, or is damaged ({error!r}). "
             f"Remove {root.parent}, or unpack CLEVR_v1.0.zip there; --data shapes has such tasks"
         ) from error
-    if not files or counts.min() < 3 or counts.max() > 10:
+    if not len(files) or counts.min() < 3 or counts.max() > 10:
         raise UserError(f"{root}: expected scenes of 3 to 10 objects")
     distances = torch.bucketize(torch.tensor(nearest, dtype=torch.float64), CLEVR_DISTANCES)
     return Folder(files, {"count": counts - 3, "distance": distances}, CLEVR_CLASSES, img_size)
@@ -859,7 +966,7 @@ def train_batches(
     on the device. On disk, or to augment: `workers` processes do that. Raises UserError when more
     than 1 % of a folder's pictures cannot be read.
     """
-    keys = [(step, micro) for step in steps for micro in range(plan.accum_steps)]
+    keys = ((step, micro) for step in steps for micro in range(plan.accum_steps))
     if isinstance(data, Pictures):
         if plan.augment is None:
             yield from _from_memory(data, plan, keys, device)
@@ -870,10 +977,11 @@ def train_batches(
         sampler=keys,
         batch_size=None,  # a worker makes a whole micro-batch
         num_workers=workers,
+        worker_init_fn=_only_parent_signals,
         pin_memory=torch.device(device).type == "cuda",
     )
     broken: set[str] = set()
-    for images, context_idx, target_idx, index, new in loader:
+    for images, context_idx, target_idx, index, new in _loaded(loader):
         broken = report_broken(new, broken, len(data))
         images, context_idx, target_idx = (
             x.to(device, non_blocking=True) for x in (images, context_idx, target_idx)
@@ -881,10 +989,34 @@ def train_batches(
         yield Batch(normalize(images), context_idx, target_idx, index)
 
 
-def _from_memory(data: Pictures, plan: Plan, keys: list, device) -> Iterator[Batch]:
-    size = data.images.shape[-1]
-    if not keys:
+def _only_parent_signals(_: int) -> None:
+    """For worker processes: a terminal or Slurm signals them too, but the parent decides.
+
+    Where the system does not tell who sent a SIGTERM (macOS), it ends the worker as before.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def _loaded(loader: DataLoader) -> Iterator[tuple]:
+    """What a loader gives. It puts a worker's traceback into the message of a UserError: undone."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).splitlines()[-1].removeprefix("data.UserError: ")) from error
+
+
+def _from_memory(data: Pictures, plan: Plan, keys: Iterator, device) -> Iterator[Batch]:
+    size = data.images.shape[-1]
 
     def prepare(key: tuple[int, int]) -> tuple[Tensor, ...]:
         index, crops, context_idx, target_idx = draw_step(plan, key[0])
@@ -897,11 +1029,10 @@ def _from_memory(data: Pictures, plan: Plan, keys: list, device) -> Iterator[Bat
         return tuple(x.pin_memory() if pin else x for x in prepared)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = [thread.submit(prepare, key) for key in keys[:1]]
-        for following in [*keys[1:], None]:
+        coming = [thread.submit(prepare, key) for key in itertools.islice(keys, 1)]
+        while coming:
             prepared = coming.pop().result()
-            if following is not None:
-                coming.append(thread.submit(prepare, following))
+            coming = [thread.submit(prepare, key) for key in itertools.islice(keys, 1)]
             index, boxes, flip, context_idx, target_idx = (
                 x.to(device, non_blocking=True) for x in prepared
             )
@@ -929,9 +1060,14 @@ def eval_batches(
             yield enlarge(normalize(data.centre(part).to(device)), size)
         return
     broken: set[str] = set()
-    for images, new in DataLoader(
-        _Centres(data), sampler=parts, batch_size=None, num_workers=workers
-    ):
+    loader = DataLoader(
+        _Centres(data),
+        sampler=parts,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_only_parent_signals,
+    )
+    for images, new in _loaded(loader):
         broken = report_broken(new, broken, len(data))
         yield normalize(images.to(device, non_blocking=True))
 

@@ -43,6 +43,7 @@ from datetime import datetime
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
+from types import UnionType
 from typing import IO, NamedTuple
 
 import torch
@@ -1298,7 +1299,8 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
     there; what `export` writes.
 
     Memory is bounded by this one encoder: other networks and the optimizer's state stay on the
-    disk, and so do its own weights until they are used, so leave the file alone until then.
+    disk, and its own weights are read from there when they are used, so leave the file in its place
+    meanwhile. (What torch.save wrote before 2020 is read whole.)
 
     Args:
         source: a path, or a name such as facebook/ijepa_vith14_1k if there is no such path.
@@ -1388,6 +1390,10 @@ def _load(path: Path, mmap: bool):
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
             if zipped:  # torch does not look at the checksums, and loads whatever is there
                 with zipfile.ZipFile(path) as archive:
+                    records = archive.infolist()
+                    packed = any(record.compress_type for record in records)  # never by torch
+                    if packed or sum(r.file_size for r in records) > path.stat().st_size:
+                        raise zipfile.BadZipFile("it would unpack to more than it holds")
                     if record := archive.testzip():
                         raise zipfile.BadZipFile(f"{record} does not match its checksum")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
@@ -1410,7 +1416,7 @@ def _code_in(path: Path, error: Exception) -> str | None:
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         return found[1]
     # Pickles of newer protocols torch does not read at all. To list what is in them runs nothing.
-    with suppress(Exception):  # it need not be a pickle
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):  # it may be no pickle
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 return _first_call(file)
@@ -1434,7 +1440,7 @@ def _first_call(pickled: IO[bytes]) -> str | None:
     return None
 
 
-def _need(found: Mapping, kinds: Mapping[str, type]) -> None:
+def _need(found: Mapping, kinds: Mapping[str, type | UnionType]) -> None:
     """Raise ValueError if an entry is missing or of another kind."""
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
@@ -1508,10 +1514,8 @@ def _on_meta(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> n
     try:
         with torch.device("meta"):
             network = build()
-    except (RuntimeError, OverflowError) as error:  # of sizes that no tensor can have
-        raise ValueError(
-            f"has an impossible architecture ({str(error).splitlines()[0]})"
-        ) from error
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError("has an impossible architecture: no tensor can be so large") from error
     expected = network.state_dict()
     for what, names in (
         ("lacks the weights", expected.keys() - weights.keys()),
@@ -1527,17 +1531,37 @@ def _on_meta(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> n
     return network
 
 
-def _check_positions(stored: Tensor | None, dim: int, config: IJEPAConfig) -> None:
-    """Positions (1, N, dim) are fixed, so what a file has must be what we compute."""
+def _positions_off(stored: Tensor | None, dim: int, config: IJEPAConfig) -> float:
+    """How far positions (1, N, dim) are from sine and cosine; 0 if only by rounding."""
     grid = grid_of(config.img_size, config.patch_size)
     if stored is None or stored.shape != (1, math.prod(grid), dim):
         found = "none" if stored is None else tuple(stored.shape)
         raise ValueError(f"lacks the positions of a {grid[0]}x{grid[1]} grid ({found})")
-    # float16 and bfloat16 cannot hold them more exactly than this.
-    atol = max(1e-5, torch.finfo(stored.dtype).eps)
     off = (stored[0].float() - sincos_positions(dim, grid)).abs().max().item()
-    if not off <= atol:
+    if not math.isfinite(off):
+        raise ValueError("has positions that are not finite")
+    # float16 and bfloat16 cannot hold them more exactly than this.
+    return off if off > max(1e-5, torch.finfo(stored.dtype).eps) else 0.0
+
+
+def _check_positions(stored: Tensor | None, dim: int, config: IJEPAConfig) -> None:
+    """Raise ValueError if positions (1, N, dim) are not what we compute for their grid."""
+    if off := _positions_off(stored, dim, config):
         raise ValueError(f"has other positions than sine and cosine (off by {off:.2g}): not I-JEPA")
+
+
+def _only_its_own_grid(encoder: ViT) -> None:
+    """For positions that we did not compute: let an encoder refuse pictures of another size."""
+    grid, patch_size = encoder.grid, encoder.patch_size
+
+    def check(_, inputs: tuple[Tensor]) -> None:
+        if (found := grid_of(inputs[0].shape[-2:], patch_size)) != grid:
+            raise ValueError(
+                f"this encoder knows the positions of {grid[0]}x{grid[1]} patches alone, "
+                f"not of {found[0]}x{found[1]}"
+            )
+
+    encoder.patch_embed.register_forward_pre_hook(check)
 
 
 def _frozen(c: IJEPAConfig, weights: Mapping[str, Tensor]) -> ViT:
@@ -1599,14 +1623,14 @@ def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
     weights = _released(checkpoint, NETWORKS[holds])
     config = _config(_released_sizes(weights, num_heads))
     _check_positions(weights.pop("pos_embed", None), config.embed_dim, config)
-    note = _note(path, holds, which)
+    note = _note(holds, which)
     return Loaded(_frozen(config, weights), "released", holds, _sha256([path]), note=note)
 
 
-def _note(path: Path, holds: str, wanted: str) -> str:
-    """What to say if a file has another encoder than wanted."""
-    why = "the paper evaluates the target encoder" if holds == "context" else "not the context one"
-    return "" if holds == wanted else f"{path} holds the {holds} encoder alone; {why}"
+def _note(holds: str, wanted: str, why: str = "the only one in the file") -> str:
+    """What to say if another encoder was wanted."""
+    paper = "; the paper evaluates the target encoder" if holds == "context" else ""
+    return "" if holds == wanted else f"this is the {holds} encoder, {why}{paper}"
 
 
 def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
@@ -1659,8 +1683,9 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
     """The encoder of a folder of transformers or of `export`, or of one .safetensors file in it."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
-        wanted = "neither last.pt nor config.json" if path.is_dir() else "no config.json beside it"
-        raise ValueError(f"has {wanted}: a run or a Hugging Face folder has one")
+        if path.is_dir():
+            raise ValueError("has neither last.pt nor config.json: give a run, or a model's folder")
+        raise ValueError("has no config.json beside it, which tells its heads: put it there")
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "ijepa" or config.get("hidden_act", "gelu") != "gelu":
         kind = f"{config.get('model_type')}, {config.get('hidden_act', 'gelu')}"
@@ -1699,7 +1724,8 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         | {"num_heads": config.get("num_attention_heads")}
         | {"norm_eps": config.get("layer_norm_eps")}
     )
-    _check_positions(weights.pop("pos_embed", None), c.embed_dim, c)
+    positions = weights.pop("pos_embed", None)  # (1, N, D)
+    off = _positions_off(positions, c.embed_dim, c)
     for layer in range(c.depth):
         for kind in ("weight", "bias"):  # three linear maps there, one here
             _join(weights, [f"blocks.{layer}.attn.{x}.{kind}" for x in ("q", "k", "v", "qkv")])
@@ -1709,13 +1735,16 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
     holds = metadata.get("encoder", "context")
     if holds not in NETWORKS:
         raise ValueError(f"holds the encoder {holds!r}: neither target nor context")
-    note = _note(path, holds, which)
-    if note and "encoder" not in metadata:
-        note = (
-            f"{path} holds the context encoder, as Hugging Face and timm do of the released files; "
-            "the paper evaluates the target encoder"
-        )
-    return Loaded(_frozen(c, weights), "huggingface", holds, _sha256(files), note=note)
+    hub = "which Hugging Face and timm hold of the released files"
+    note = _note(holds, which) if "encoder" in metadata else _note(holds, which, hub)
+    encoder = _frozen(c, weights)
+    encoder.pos_embed = positions[0].float()  # a parameter there, so it may have been trained
+    if off:
+        _only_its_own_grid(encoder)
+        size = f"{encoder.grid[0]}x{encoder.grid[1]} patches"
+        own = f"its positions are not sine and cosine, so only pictures of {size} fit"
+        note = f"{note}; {own}" if note else own
+    return Loaded(encoder, "huggingface", holds, _sha256(files), note=note)
 
 
 def _join(weights: dict[str, Tensor], names: list[str]) -> None:
@@ -2479,9 +2508,10 @@ def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Se
     samples = {task: [torch.arange(len(sets.bank))] for task in tasks}
     for task, names in tasks.items():
         bank_y, report_y = sets.labels(task)
+        fit_y = bank_y[sets.fit]
         if config.low_shot:
             samples[task] = [
-                low_shot_sample(bank_y, names, config.fraction, config.per_class, seed)
+                sets.fit[low_shot_sample(fit_y, names, config.fraction, config.per_class, seed)]
                 for seed in range(config.seeds or 3)
             ]
         for places in samples[task]:
@@ -2679,6 +2709,85 @@ def _few_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
     return figures, chosen
 
 
+# Tasks that random crops would make impossible: objects to count would be cut off (Appendix A.2).
+WHOLE_PICTURES = ("shapes", "clevr")
+
+
+def examples(setup: Setup, task: str, learn: Tensor) -> tuple[Examples, Examples, Examples]:
+    """What one task learns from (places in the bank), chooses on and reports on."""
+    sets = setup.sets
+    bank_y, report_y = sets.labels(task)
+    learned, chosen = (
+        Examples(sets.train, sets.bank[places], bank_y[places]) for places in (learn, sets.choose)
+    )
+    return learned, chosen, Examples(sets.test, sets.report, report_y)
+
+
+def probe_augmented(setup: Setup) -> Found:
+    """The sweep of linear heads on random crops, by all processes; raw pixels are not cropped."""
+    config, crops = setup.config, {}
+    if setup.name in WHOLE_PICTURES:
+        crops["crop_scale"] = (1.0, 1.0)
+    rows, predictions = [], None
+    for name, encoder in setup.encoders.items():
+        if encoder is None:
+            continue
+        for task, names in setup.tasks.items():
+            try:
+                best = augmented_probe(
+                    encoder, *examples(setup, task, setup.sets.fit), setup.place,
+                    num_classes=len(names), layers=setup.layers, seeds=config.seeds or 3,
+                    epochs=config.epochs or 50, batch_size=config.batch_size, size=setup.size,
+                    bf16=setup.bf16, workers=setup.workers, **crops,
+                ).best  # fmt: skip
+            except ValueError as error:  # features that are not finite
+                raise UserError(f"{name}: {error}") from error
+            figures = {"linear probe, crops": list(best.test)}
+            rows.append(report_row(setup, name, task, figures, [setting_of(best)]))
+            if name == setup.trained and predictions is None:
+                predictions = best.predictions[0]
+    return Found(rows, predictions=predictions)
+
+
+def probe_fine_tuned(setup: Setup) -> Found:
+    """The whole network trained, from the encoder's weights and from untrained ones.
+
+    With few labels once for each sample, otherwise once for each seed.
+    """
+    config, recipe = setup.config, fine_tuning(setup)
+    rows, predictions = [], None
+    for name, encoder in setup.encoders.items():
+        if encoder is None:
+            continue
+        for task, names in setup.tasks.items():
+            samples = setup.samples[task] if config.low_shot else [setup.sets.fit]
+            scores, last = [], None
+            for number, places in enumerate(samples):
+                seeds = [number] if config.low_shot else config.seeds or 1
+                last = fine_tune(
+                    encoder, *examples(setup, task, places), setup.place, recipe,
+                    num_classes=len(names), seeds=seeds, size=setup.size, bf16=setup.bf16,
+                    workers=setup.workers,
+                )  # fmt: skip
+                scores += last.test
+            setting = {"fine-tuning": dataclasses.asdict(recipe)}
+            rows.append(report_row(setup, name, task, {"fine-tuned": scores}, [setting]))
+            if name == setup.trained and predictions is None:
+                predictions = last.predictions[0]
+    return Found(rows, predictions=predictions)
+
+
+def fine_tuning(setup: Setup) -> FineTuneConfig:
+    """The recipe for this encoder and so many labels, with what the command line changes."""
+    config = setup.config
+    recipe = fine_tune_recipe(setup.loaded.encoder.embed_dim, config.low_shot)
+    names = ("lr", "weight_decay", "batch_size", "epochs")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if setup.name in WHOLE_PICTURES:  # nor may objects be mixed, cut out, turned or moved away
+        given |= {"crop_scale": (1.0, 1.0), "mixup": 0.0, "cutmix": 0.0, "rand_augment": None}
+    return dataclasses.replace(recipe, **given)
+
+
 def format_report(rows: list[dict]) -> str:
     """The rows of a report as tables, one for each task; accuracies in percent."""
     lines = []
@@ -2703,6 +2812,9 @@ def format_report(rows: list[dict]) -> str:
 
 def _in_words(setting: dict) -> str:
     """A setting in a few words."""
+    if "fine-tuning" in setting:
+        recipe = setting["fine-tuning"]
+        return f"{recipe['epochs']} epochs, rate {recipe['lr']:g}, the last epoch"
     head = {"bn": "batch norm + linear"}.get(setting["head"], setting["head"])
     return f"{setting['feature']}, {head}, rate {setting['rate']:g}, decay {setting['decay']:g}"
 
@@ -2735,7 +2847,7 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
             out.mkdir(parents=True, exist_ok=True)
 
     setup = set_up(config, loaded, place, home / "features")
-    protocol = {"frozen": probe_frozen}
+    protocol = {"frozen": probe_frozen, "augment": probe_augmented, "finetune": probe_fine_tuned}
     if place.main:
         tqdm.write(describe(setup))
     found = protocol[config.protocol](setup)
@@ -2756,7 +2868,7 @@ def draw_found(setup: Setup, found: Found, out: Path) -> None:
     task, names = next(iter(setup.tasks.items()))
     if found.predictions is not None:
         matrix = confusion(setup.sets.labels(task)[1], found.predictions, len(names))
-        title = f"{setup.trained}, {next(reversed(found.rows[-1]['figures']))}"
+        title = f"{setup.trained}, {[*found.rows[-1]['figures']][-1]}"
         draw_confusion(out / "confusion.png", matrix, names, title)
     if found.neighbours is not None:
         near = found.neighbours

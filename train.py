@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 8 train.py --model vit_huge     # ImageNet in data/imagenet
     python train.py --model vit_tiny --data cifar10 --resume  # go on where that run stopped
 
-A run lives in its folder (--out): last.pt and best.pt, log.csv, curves.png, and at the end
-result.json and result.png. It is a function of the seed and the batch size: processes, accumulation
-steps and workers may differ, also when it is resumed.
+A run lives in its folder (--out): last.pt and the one before it, previous.pt, best.pt, log.csv,
+curves.png, and at the end result.json and result.png. It is a function of the seed and the batch
+size: processes, accumulation steps and workers may differ, also when it is resumed. SIGTERM and
+Ctrl-C save it and end it after the step in hand; a second one ends it at once.
 """
 
 import contextlib
@@ -16,10 +17,14 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,13 +41,16 @@ from data import (
     Pictures,
     Place,
     Plan,
+    StoppedError,
     UserError,
     bf16_pays,
     cores,
     default_sizes,
     eval_batches,
+    fits,
     generator_for,
     hold_out,
+    listing,
     load_data,
     main_first,
     option,
@@ -81,6 +89,7 @@ class TrainConfig:
     data_dir: str = option("data", "where named sets are, or are downloaded to")
     out: str | None = option(None, "the run's folder (default: runs/<model>_<data>)")
     resume: bool = option(False, "go on with the run in --out; its options need not be repeated")
+    auto_resume: bool = option(False, "--resume if there is a run in --out, otherwise start it")
     seed: int = option(0, "of everything random")
 
     epochs: int | None = option(None, "passes over the training pictures")
@@ -121,6 +130,7 @@ class TrainConfig:
     compile: bool | None = option(None, "torch.compile (default: on a GPU)")
     workers: int | None = option(None, "processes that decode pictures (default: one a core)")
     device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
+    timeout: float = option(120.0, "minutes that processes wait for one that does not answer")
     eval_every: int | None = option(None, "steps between evaluations (default: ten a run)")
     eval_images: int | None = option(
         None, "to look for neighbours among (default: 50000, 5000 on a CPU)"
@@ -132,26 +142,33 @@ class TrainConfig:
 
 # These may change when a run is resumed: they change what is computed by rounding at most.
 FREE = {
-    "data_dir", "out", "resume", "accum_steps", "bf16", "compile", "workers", "device",
-    "eval_every", "eval_images", "save_every", "log_every", "wandb",
+    "data_dir", "out", "resume", "auto_resume", "accum_steps", "bf16", "compile", "workers",
+    "device", "timeout", "eval_every", "eval_images", "save_every", "log_every", "wandb",
 }  # fmt: skip
 
 
-LEAST = {
-    "epochs": 1, "steps": 1, "batch_size": 1, "accum_steps": 1, "log_every": 1, "save_every": 1,
-    "eval_every": 1, "eval_images": 1, "workers": 0,
+# What is out of bounds for sure: to be refused in a line, not by hours or by the last of memory.
+BOUNDS = {
+    "epochs": (1, 10**6), "steps": (1, 10**8), "batch_size": (1, 2**20), "accum_steps": (1, 2**20),
+    "lr": (0, math.inf), "start_lr": (0, math.inf), "final_lr": (0, math.inf),
+    "warmup_epochs": (0, 10**6), "weight_decay": (0, 100), "final_weight_decay": (0, 100),
+    "momentum": (0, 1), "final_momentum": (0, 1), "seed": (0, 2**63 - 1), "img_size": (1, 4096),
+    "patch_size": (1, 4096), "predictor_dim": (1, 2**14), "predictor_depth": (0, 1000),
+    "num_targets": (1, 64), "init_std": (0, 100), "clutter": (0, 100), "workers": (0, 1000),
+    "timeout": (0.001, 10**5), "eval_every": (1, 10**9), "eval_images": (1, 10**7),
+    "save_every": (1, 10**9), "log_every": (1, 10**9),
 }  # fmt: skip
+MOST_PATCHES = 2**14  # a picture of 2048 pixels in patches of 16
 
 
 def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, dict | None]:
     """Command line -> complete configuration, architecture, and the checkpoint to resume from."""
     config, given = parse_options(TrainConfig, __doc__, argv)
     checkpoint = None
-    if config.resume:
+    if config.resume or (config.auto_resume and _begun(_out(config))):
         config, checkpoint = _resume(config, given)
     recipe = MODELS[config.model].recipe
-    filled = {"data": config.data or recipe.data}
-    filled["out"] = config.out or _default_out(config.model, filled["data"])
+    filled = {"data": config.data or recipe.data, "out": str(_out(config))}
     for field in dataclasses.fields(Recipe):
         if getattr(config, field.name) is None:
             filled[field.name] = getattr(recipe, field.name)
@@ -160,38 +177,111 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, IJEPAConfig, 
     config = dataclasses.replace(config, **filled)
     if "clutter" in given and config.data != "shapes":
         raise UserError(f"--clutter is for --data shapes, not for {config.data}")
-    for name in ("momentum", "final_momentum"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
         raise UserError("--crop-scale takes two shares of the picture, 0 < low <= high <= 1")
-    for name, least in LEAST.items():
-        if (value := getattr(config, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    for name, (least, most) in BOUNDS.items():
+        if (value := getattr(config, name)) is not None and not least <= value <= most:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}: it must be at least {least}"
+                + (f" and at most {most}" if most < math.inf else "")
+            )
     if {"epochs", "steps"} <= given:
         raise UserError("--epochs and --steps contradict each other: give one")
     try:
         if checkpoint is not None:
-            return config, IJEPAConfig(**checkpoint["architecture"]), checkpoint
-        return config, _architecture(config), None
+            architecture = IJEPAConfig(**checkpoint["architecture"])
+        else:
+            architecture = _architecture(config)
+        rows, columns = grid_of(architecture.img_size, architecture.patch_size)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if rows * columns > MOST_PATCHES:
+        raise UserError(
+            f"{rows}x{columns} patches a picture are more than {MOST_PATCHES}: choose a smaller "
+            "--img-size, or a larger --patch-size"
+        )
+    return config, architecture, checkpoint
 
 
-def _default_out(model: str, data: str) -> str:
-    return f"runs/{model}_{Path(data).name}"
+def _out(config: TrainConfig) -> Path:
+    """The run's folder."""
+    data = config.data or MODELS[config.model].recipe.data
+    return Path(config.out or f"runs/{config.model}_{Path(data).name}")
+
+
+def _begun(out: Path) -> bool:
+    """Whether a folder holds a run: a checkpoint of whichever kind."""
+    return any(os.path.exists(out / name) for name in ("last.pt", "previous.pt", "best.pt"))
+
+
+def read_last(out: Path) -> dict:
+    """The last checkpoint of a run, or the one before if that is damaged or was being replaced.
+
+    Returns it with its path as `path`. Raises UserError if neither can be used, with what can.
+    """
+    failures = []
+    for path in (out / "last.pt", out / "previous.pt"):
+        try:
+            return probe.read_checkpoint(path) | {"path": path}
+        except UserError as error:
+            if path.exists():
+                failures.append(str(error))
+    best = out / "best.pt"
+    offer = f"copy {best} to {out / 'last.pt'} to go on from there" if best.exists() else ""
+    if not failures:
+        what = offer or "leave out --resume to start"
+        raise UserError(f"--resume: there is no {out / 'last.pt'} to go on from ({what})")
+    raise UserError("; ".join(failures + [offer] * bool(offer)))
+
+
+def check_fields(path: Path, values: dict) -> dict:
+    """What a checkpoint says of fields of `TrainConfig`; UserError unless their types are right."""
+    hints = typing.get_type_hints(TrainConfig)
+    for name, value in values.items():
+        field = TrainConfig.__dataclass_fields__.get(name)
+        choices = field and field.metadata["choices"]
+        if (field and not fits(value, hints[name])) or (choices and value not in (None, *choices)):
+            raise UserError(
+                f"{path} is no checkpoint of train.py: its configuration has {name} {value!r}"
+            )
+    return {name: value for name, value in values.items() if name in hints}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """The state of AdamW from a checkpoint, and nothing but that: all else is set here.
+
+    Raises UserError if it is not that of these parameters.
+    """
+    kind = UserError(f"{path} is no checkpoint of train.py: its optimizer state does not fit")
+    state = saved.get("state")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(state, dict) or set(state) not in (set(), set(range(len(parameters)))):
+        raise kind
+    for i, values in state.items():
+        shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+        if (
+            not isinstance(values, dict)
+            or {name: getattr(value, "shape", None) for name, value in values.items()} != shapes
+        ):
+            raise kind
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
     """The configuration of the run in --out; options that would change the run are refused."""
-    data = config.data or MODELS[config.model].recipe.data
-    out = config.out or _default_out(config.model, data)
-    path = Path(out) / "last.pt"
-    if not path.is_file():
-        raise UserError(f"--resume: there is no {path} to go on from (leave out --resume to start)")
-    checkpoint = probe.read_checkpoint(path)
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    saved = {k: v for k, v in checkpoint["config"].items() if k in names}
+    out = _out(config)
+    checkpoint = read_last(out)
+    path = checkpoint["path"]
+    saved = check_fields(path, checkpoint["config"])
+    # Nothing is written where a file says, only where the command line does: --out, --data-dir.
+    data_dir = saved.pop("data_dir", config.data_dir)
+    downloads = saved.get("data") in NAMED and saved.get("data") != "shapes"
+    if downloads and data_dir != config.data_dir:
+        raise UserError(
+            f"--resume: the run in {out} has its pictures in {data_dir}: if that is "
+            f"right, add --data-dir {data_dir}"
+        )
+    saved["data_dir"] = config.data_dir
     for name in sorted(given - FREE):
         if getattr(config, name) != saved.get(name):
             raise UserError(
@@ -199,7 +289,7 @@ def _resume(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
                 f"{getattr(config, name)}: leave the option out, or start another run with --out"
             )
     changed = {name: getattr(config, name) for name in FREE & given}
-    return TrainConfig(**saved | changed | {"out": out}), checkpoint
+    return TrainConfig(**saved | changed | {"out": str(out)}), checkpoint
 
 
 def _architecture(config: TrainConfig) -> IJEPAConfig:
@@ -238,8 +328,8 @@ class Evaluation:
         """(n,) labels of a task, the set's first one by default."""
         return self.data.labels[task or next(iter(self.data.labels))][index]
 
-    def batches(self, index: Tensor) -> Iterator[Tensor]:
-        return eval_batches(self.data, index, 500, self.place.device, self.workers)
+    def batches(self, index: Tensor, batch_size: int = 500) -> Iterator[Tensor]:
+        return eval_batches(self.data, index, batch_size, self.place.device, self.workers)
 
     def features(self, encoder, index: Tensor) -> Tensor:
         """Pooled features (n, D) on the CPU; every process computes its part."""
@@ -261,13 +351,13 @@ class Evaluation:
         drawn = masks.sample(len(index), _fixed())
         total = torch.zeros((), dtype=torch.float64)
         parts = zip(index.split(256), *(idx.split(256) for idx in drawn), strict=True)
-        for i, (part, context_idx, target_idx) in enumerate(parts):
-            if i % self.place.world_size == self.place.rank:
-                images = next(self.batches(part))
-                context_idx, target_idx = (x.to(images.device) for x in (context_idx, target_idx))
+        mine = list(parts)[self.place.rank :: self.place.world_size]
+        if mine:
+            batches = self.batches(torch.cat([part for part, *_ in mine]), 256)
+            for images, (part, *idx) in zip(batches, mine, strict=True):
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                     # Not the compiled form, which would be compiled again for these shapes.
-                    loss = model.forward(images, context_idx, target_idx)
+                    loss = model.forward(images, *(x.to(images.device) for x in idx))
                 total += loss.double().cpu() * len(part)
         if self.place.world_size > 1:
             total = total.to(self.place.device)
@@ -310,8 +400,13 @@ def _fixed() -> torch.Generator:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint so that at every moment either the old or the new one is there, whole."""
-    with whole_file(path) as temporary:
+    """Write a checkpoint so that at every moment either the old or the new one is there, whole.
+
+    The last.pt of before becomes previous.pt: disks and networks damage files after the fact, too.
+    """
+    previous = path.with_name("previous.pt") if path.name == "last.pt" else None
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it in mid-run
+    with whole_file(path, previous) as temporary:
         torch.save(state, temporary)
 
 
@@ -326,20 +421,30 @@ class Log:
 
     def __init__(self, out: Path, first_step: int):
         self.path = out / "log.csv"
-        rows = []
+        self.rows = []
         if self.path.exists():  # what was logged after the checkpoint will be logged again
-            with open(self.path, newline="") as file:
-                whole = [row for row in csv.DictReader(file) if None not in row.values()]
-            rows = [row for row in whole if int(row["step"]) <= first_step]
-        self.rows = rows
-        with writing(self.path), open(self.path, "w", newline="") as file:
+            with open(self.path, newline="", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS)]
+            whole = [row for row in rows if None not in row.values() and row["step"].isdecimal()]
+            self.rows = [row for row in whole if int(row["step"]) <= first_step]
+        self._write()
+
+    def _write(self) -> None:
+        with (
+            whole_file(self.path) as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def add(self, **row) -> None:
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
+        if not self.path.exists():  # somebody removed it in mid-run
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+            return
         with writing(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
 
@@ -365,8 +470,8 @@ class Log:
             axis.grid(alpha=0.3)
             if len(names) > 1:
                 axis.legend()
-        with writing(path):
-            figure.savefig(path, dpi=110)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
 
 
 def draw_result(
@@ -414,8 +519,73 @@ def draw_result(
         for i, label in enumerate(evaluation.labels(shown).tolist()):
             title = f"{names[label]}:" if i == 0 else names[label]
             show(axes[4 + row, i], pictures[i], title=title)
-    with writing(path):
-        figure.savefig(path, dpi=110)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+# ------------------------------------------------------------------------------ when it must end
+
+
+class Signals:
+    """SIGTERM and Ctrl-C: the first asks for a run to be saved and left, a second ends it at once.
+
+    Of several processes each may get one, at different moments: they agree on the step to stop at.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, place: Place, timeout: float):
+        self.received = 0
+        self.pending = None
+        self.group = None
+        if place.world_size > 1:  # gloo: numbers on the CPU, for which no GPU has to be waited for
+            patience = timedelta(minutes=timeout)
+            self.group = dist.new_group(backend="gloo", timeout=patience)
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.received = number
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The number of a signal that any process has received, 0 if none; once a step, by all.
+
+        Among processes the answer is one step late: they exchange it while the step goes on.
+        """
+        if self.group is None:
+            return self.received
+        flag = torch.tensor(self.received)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        before, self.pending = self.pending, (flag, work)
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+
+def gathered(values: list[Tensor], place: Place) -> Tensor:
+    """Numbers of all processes, on the CPU: a list of n scalars -> (processes, n)."""
+    mine = torch.stack(values)
+    if place.world_size == 1:
+        return mine[None].cpu()
+    everyone = [torch.empty_like(mine) for _ in range(place.world_size)]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu()
+
+
+def largest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The largest absolute number among weights and optimizer state; NaN if there is one."""
+    states = (x for state in optimizer.state.values() for x in state.values() if x.ndim)
+    numbers = [x.detach() for x in (*model.parameters(), *states)]
+    return torch.stack(torch._foreach_norm(numbers, torch.inf)).max()
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -469,13 +639,18 @@ def duration(seconds: float) -> str:
 
 def train(config: TrainConfig, architecture: IJEPAConfig, checkpoint: dict | None) -> None:
     """Run from the first step, or from the checkpoint's, to the last, and say what was learned."""
-    with placed(config.device) as place:
-        _train(config, architecture, checkpoint, place)
+    with placed(config.device, config.timeout) as place:
+        number = _train(config, architecture, checkpoint, place)
+    if number:
+        raise StoppedError(
+            f"stopped by {signal.Signals(number).name} and saved: --resume goes on", number
+        )
 
 
 def _train(
     config: TrainConfig, architecture: IJEPAConfig, checkpoint: dict | None, place: Place
-) -> None:
+) -> int:
+    """Returns the number of the signal that ended the run, or 0."""
     say = tqdm.write if place.main else (lambda *_: None)
     cuda = place.device.type == "cuda"
     bf16 = bf16_pays(architecture.embed_dim, place.device) if config.bf16 is None else config.bf16
@@ -487,7 +662,7 @@ def _train(
     best, last = out / "best.pt", out / "last.pt"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose a folder")
-    if checkpoint is None and (best.exists() or last.exists()):
+    if fresh and _begun(out):
         raise UserError(
             f"{out} holds a run: add --resume to go on with it, or choose another folder with --out"
         )
@@ -542,23 +717,35 @@ def _train(
     torch.manual_seed(config.seed)
     model = IJEPA(architecture).to(place.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
-    first, best_knn = 0, -1.0
+    first, best_knn, unlogged, files = 0, -1.0, [], listing(data)
     if checkpoint is not None:
+        read_from = checkpoint["path"]
         if checkpoint["pictures"] != len(data):
             raise UserError(
                 f"--resume: {config.data} has {len(data)} pictures, but the run in {out} began "
                 f"with {checkpoint['pictures']}: put the same pictures there"
             )
+        if checkpoint.get("listing", files) != files:
+            raise UserError(
+                f"--resume: {config.data} has as many pictures as when the run in {out} began, but "
+                "other files or labels: put the same pictures there"
+            )
         model.load_state_dict(checkpoint["model"])
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = cuda  # a run may be resumed on another device
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], read_from)
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
+        unlogged = checkpoint.get("unlogged", [])
+        if read_from != last:
+            damaged = ", which is kept as damaged.pt" if last.exists() else ""
+            say(f"last.pt is missing or damaged{damaged}: going on from {read_from}, step {first}")
         checkpoint.clear()  # as large as the run itself
     run = start_wandb(config) if config.wandb and place.main else None
     if place.main:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
+            for leftover in out.glob("*.tmp"):  # of a process killed while it wrote
+                leftover.unlink()
+            if not fresh and read_from != last and last.exists():
+                os.replace(last, out / "damaged.pt")  # lest it become the next previous.pt
         log = Log(out, -1 if fresh else first)
     if compiled:  # a graph for each number of target patches, with gradients and without
         sizes = {height * width for height, width in masks.target_shapes.tolist()}
@@ -566,8 +753,11 @@ def _train(
         model.compile(dynamic=False)
     wrapped = model
     if place.world_size > 1:
+        # Positions are constants: there is nothing to keep equal.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
         wrapped = DistributedDataParallel(
-            model, device_ids=[place.device] if cuda else None, broadcast_buffers=False
+            model, device_ids=[place.device] if cuda else None, gradient_as_bucket_view=True
         )
 
     def run_micro(batch: Batch, sync: bool = True) -> Tensor:
@@ -579,7 +769,16 @@ def _train(
             (loss / config.accum_steps).backward()
         return loss.detach() / config.accum_steps
 
-    def state(step: int) -> dict:
+    def check_weights(step: int) -> None:
+        """Refuse to keep what is broken: the loss would show it only in the next step."""
+        bad = ~gathered([largest(model, optimizer)], place)[:, 0].isfinite()
+        if bad.any():
+            raise UserError(
+                f"weights or optimizer state are not finite after step {step}: stopped. {last} is "
+                "from before; try a lower --lr"
+            )
+
+    def state(step: int, unlogged: list[float]) -> dict:
         return {
             "format": probe.CHECKPOINT_FORMAT,
             "config": dataclasses.asdict(config),
@@ -587,8 +786,10 @@ def _train(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "pictures": len(data),
+            "listing": files,
             "step": step,
             "best_knn": best_knn,
+            "unlogged": unlogged,  # losses since the last line of the log
             "random_state": torch.get_rng_state(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
         }
@@ -606,8 +807,8 @@ def _train(
             log.add(step=step, epoch=epoch, **row, **figures)
             log.draw(out / "curves.png")
             if improved:  # first, since last.pt will say that it has been saved
-                save(best, state(step))
-            save(last, state(step))
+                save(best, state(step, []))
+            save(last, state(step, []))
             if run:
                 names = {"Epoch": epoch, "Validation Loss": figures["val_loss"]}
                 run.log(names | figures, step=step)
@@ -638,14 +839,23 @@ def _train(
         evaluate(0, {})
 
     # The loop: rates, forward and backward, optimizer, moving average.
-    losses: list[Tensor] = []  # since the last line of the log, on the device
+    # Losses since the last line of the log, on the device.
+    losses = list(torch.tensor(unlogged, device=place.device))
     since = time.perf_counter()
     bar = tqdm(
         total=total, initial=first, disable=not place.main, unit=" steps", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )  # fmt: skip
-    with bar:
+    with bar, Signals(place, config.timeout) as signals:
         for step in range(first, total):
+            if number := signals.agreed():
+                recent = mean_losses(losses, step, place, last)
+                check_weights(step)
+                if place.main:
+                    save(last, state(step, recent))
+                if place.world_size > 1:
+                    dist.barrier()  # or torchrun would end the one that saves
+                return number
             lr = learning_rate(step, total, warmup, config.start_lr, config.lr, config.final_lr)
             decay = weight_decay(step, total, config.weight_decay, config.final_weight_decay)
             momentum = target_momentum(step, total, config.momentum, config.final_momentum)
@@ -665,17 +875,9 @@ def _train(
             at_save = done % config.save_every == 0
             if done % config.log_every == 0 or at_eval or at_save:
                 # Only here does the host wait for the device.
-                recent = torch.stack(losses)
-                if place.world_size > 1:
-                    dist.all_reduce(recent, dist.ReduceOp.SUM)
-                    recent /= place.world_size
-                recent = recent.tolist()
-                for i, value in enumerate(recent):
-                    if not math.isfinite(value):
-                        raise UserError(
-                            f"the loss is {value} at step {done - len(recent) + i + 1}: stopped. "
-                            f"{last} is from before; try a lower --lr"
-                        )
+                recent = mean_losses(losses, done, place, last)
+                if at_eval or at_save:
+                    check_weights(done)
                 rate = len(losses) * config.batch_size / (time.perf_counter() - since)
                 row = {
                     "loss": sum(recent) / len(recent),
@@ -693,9 +895,26 @@ def _train(
                 elif place.main:
                     log.add(step=done, epoch=epoch, **row)
                     if at_save:
-                        save(last, state(done))
+                        save(last, state(done, []))
                 losses, since = [], time.perf_counter()
     finish(config, architecture, model, evaluation, masks, place, out, run)
+    return 0
+
+
+def mean_losses(losses: list[Tensor], done: int, place: Place, last: Path) -> list[float]:
+    """The losses of the steps up to `done`, over all processes; UserError if one is not finite."""
+    if not losses:
+        return []
+    recent = gathered(losses, place)  # (processes, steps)
+    bad = (~recent.isfinite()).T.nonzero()  # rows of (step, process), in order
+    if len(bad):
+        step, rank = bad[0].tolist()
+        where = f" in process {rank} of {place.world_size}" if place.world_size > 1 else ""
+        raise UserError(
+            f"the loss is {recent[rank, step]} at step {done - len(losses) + step + 1}{where}: "
+            f"stopped. {last} is from before; try a lower --lr"
+        )
+    return recent.mean(0).tolist()
 
 
 def start_wandb(config: TrainConfig):
@@ -715,8 +934,8 @@ def finish(config, architecture, model, evaluation, masks, place, out: Path, run
     draw_result(out / "result.png", model, evaluation, masks)
     if not place.main:
         return
-    with writing(out / "result.json"):
-        (out / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
+    with whole_file(out / "result.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
     tqdm.write("\nAccuracy on held-out pictures, %\n" + probe.format_table(rows))
     tqdm.write(f"\ncurves: {out / 'curves.png'}   pictures: {out / 'result.png'}")
     if run:

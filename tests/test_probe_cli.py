@@ -405,6 +405,57 @@ def test_low_shot_has_a_figure_for_each_sample(run, pictures):
     assert len(figures(report)["class", "target encoder"]["linear probe"]) == 3
 
 
+# ------------------------------------------------------------------------- crops, and fine-tuning
+
+
+def test_augmented_probe_and_fine_tuning_have_their_own_reports(run, pictures):
+    script(run, "--data", pictures, "--augment", "--epochs", "20", "--seeds", "2")
+    found = report_of(run / f"probe_{pictures.name}_augment")
+    assert [row["features"] for row in found["results"]] == ["untrained", "target encoder"]
+    for values in figures(found).values():
+        assert list(values) == ["linear probe, crops"] and min(values["linear probe, crops"]) > 60
+    script(run, "--data", pictures, "--finetune", "--epochs", "8", "--lr", "3e-3",
+           "--batch-size", "27", "--workers", "0", "--no-baselines")  # fmt: skip
+    found = report_of(run / f"probe_{pictures.name}_finetune")
+    (row,) = found["results"]
+    assert row["figures"]["fine-tuned"][0] > 90
+    recipe = row["chosen"][0]["fine-tuning"]
+    assert recipe["lr"] == 3e-3 and recipe["epochs"] == 8 and recipe["batch_size"] == 27
+
+
+def test_fine_tuning_with_few_labels_has_a_figure_for_each_sample(run, pictures, monkeypatch):
+    learned, fine_tune = [], probe.fine_tune
+
+    def spy(encoder, train, choose, report, *args, **kwargs):
+        learned.append(train)
+        assert not set(train.index.tolist()) & set(choose.index.tolist())
+        return fine_tune(encoder, train, choose, report, *args, **kwargs)
+
+    monkeypatch.setattr(probe, "fine_tune", spy)
+    script(run, "--data", pictures, "--finetune", "--per-class", "5", "--epochs", "1",
+           "--workers", "0", "--no-baselines")  # fmt: skip
+    report = report_of(run / f"probe_{pictures.name}_finetune_5_a_class")
+    assert len(figures(report)["class", "target encoder"]["fine-tuned"]) == 3
+    assert [x.labels.bincount().tolist() for x in learned] == [[5, 5, 5]] * 3
+    assert learned[0].index.tolist() != learned[1].index.tolist()
+
+
+def test_objects_to_be_counted_are_neither_cropped_nor_mixed(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(probe, "fine_tune", lambda *args, **_: seen.append(args[5]) or stop())
+    monkeypatch.setattr(probe, "augmented_probe", lambda *_, **more: seen.append(more) or stop())
+
+    def stop():
+        raise UserError("enough")
+
+    for protocol in ("--finetune", "--augment"):
+        with pytest.raises(SystemExit):
+            script(run, "--data", "shapes", "--images", "400", protocol)
+    recipe, crops = seen
+    assert recipe.crop_scale == (1.0, 1.0) and recipe.mixup == recipe.cutmix == 0
+    assert recipe.rand_augment is None and crops["crop_scale"] == (1.0, 1.0)
+
+
 # ------------------------------------------------------------------------------------------ CLEVR
 
 
@@ -488,7 +539,7 @@ def fails(capsys, *argv) -> str:
         (["{run}", "--data", "{pictures}", "--task", "colour"], "no task 'colour'.* class"),
         (["{run}", "--data", "{pictures}", "--fraction", "2"], "at most 1"),
         (["{run}", "--data", "{pictures}", "--fraction", "0.001"], "leaves none .*'blue'"),
-        (["{run}", "--data", "{pictures}", "--per-class", "41"], "'blue' has only 40"),
+        (["{run}", "--data", "{pictures}", "--per-class", "41"], r"'blue' has only \d\d"),
         (["{run}", "--data", "{pictures}", "--images", "3"], "too few|only"),
         (["{run}", "--data", "{pictures}", "--temperature", "0"], "must be positive"),
         (["{run}", "--data", "{pictures}", "--frobnicate"], "unrecognized"),

@@ -604,7 +604,7 @@ def test_no_space_for_a_checkpoint_ends_the_run_and_keeps_the_previous(begun, pi
 
 @pytest.mark.parametrize(
     "name",
-    ["log.csv", "result.json"],
+    ["log.csv", "result.json.tmp"],
 )
 def test_no_space_for_another_file_is_one_line_too(tmp_path, pictures, capsys, monkeypatch, name):
     out, save = tmp_path / "run", train.save

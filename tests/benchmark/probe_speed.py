@@ -18,6 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import record
+
 import probe
 
 
@@ -59,21 +61,22 @@ def main(argv: list[str] | None = None) -> None:
     train, val = ({"last": last[part], "last 4": four[part]} for part in (slice(n), slice(n, None)))
 
     print(f"{args.train:,} + {args.test:,} features, {args.threads} threads, {device}")
-    print(f"load {os.getloadavg()[0]:.1f} at the start, best of {args.repeats}")
+    load = os.getloadavg()[0]
     jobs = {
-        "20-NN, width 192": (lambda: probe.knn(last[:n], y[:n], last[n:]), 5),
-        "linear sweep, 120 classifiers": (
-            lambda: probe.linear_probe(
-                train, y[:n], val, y[n:], rates=(0.01, 0.03, 0.1, 0.3, 1.0), decays=(0.0, 1e-3)
-            ),
-            180,
+        "20-NN, width 192": lambda: probe.knn(last[:n], y[:n], last[n:]),
+        "linear sweep, 120 classifiers": lambda: probe.linear_probe(
+            train, y[:n], val, y[n:], rates=(0.01, 0.03, 0.1, 0.3, 1.0), decays=(0.0, 1e-3)
         ),
-        "RankMe, width 192": (lambda: probe.rankme(last[:n]), None),
+        "RankMe, width 192": lambda: probe.rankme(last[:n]),
     }
-    for name, (work, aim) in jobs.items():
-        took = seconds(work, args.repeats, device)
-        print(f"{name:30s} {took:8.2f} s" + (f"   (aim: {aim} s)" if aim else ""), flush=True)
-    print(f"load {os.getloadavg()[0]:.1f} at the end")
+    took = {}
+    for name, work in jobs.items():
+        took[name] = round(seconds(work, args.repeats, device), 2)
+        print(f"{name:30s} {took[name]:8.2f} s", flush=True)
+    record.write(
+        "probe_speed", "python tests/benchmark/probe_speed.py",
+        train=args.train, test=args.test, load=round(load, 1), seconds=took,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
     python tests/benchmark/record.py speed     images/s of a training step of vit_tiny
     python tests/benchmark/record.py cifar10 FOLDER [OPTIONS]   500 steps of vit_tiny on CIFAR-10
     python tests/benchmark/record.py stream FOLDER    20 steps of vit_small/16 at 224 pixels
-    python tests/benchmark/record.py probe NAME RUN [OPTIONS]   probe.py, as probe_NAME
+    python tests/benchmark/record.py probe NAME WHAT RUN [OPTIONS]   probe.py
+    python tests/benchmark/probe_speed.py      kNN and the linear sweep
+    python tests/benchmark/probe_load.py FOLDER    reading a released ViT-H/14: needs 11 GB there
     python tests/benchmark/record.py readme    copy the recorded figures into README.md
 
 Nothing else should be running: times are wall time.
@@ -123,13 +125,16 @@ def stream(folder: str, steps: int = 20, batch_size: int = 16) -> None:
     write("stream", command, steps=steps, seconds=round(seconds), losses=losses)
 
 
-def probe(name: str, *options: str) -> None:
-    """probe.py with these options: its report, without paths of this machine, and its pictures."""
+def probe(name: str, what: str, *options: str) -> None:
+    """probe.py with these options: its report, without paths of this machine, and its pictures.
+
+    `what`: of what, in words for the README.
+    """
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "probe.py", *options, "--out", out]
         subprocess.run(command, cwd=ROOT, check=True)
         report = json.loads(Path(out, "probe.json").read_text())
-        for picture in Path(out).glob("*.png"):
+        for picture in Path(out).glob("*.png") if name in SHOWN else ():
             (RESULTS / f"probe_{name}_{picture.name}").write_bytes(picture.read_bytes())
     shown = ["RUN", *(Path(word).name if "/" in word else word for word in options[1:])]
     figures = {key: report[key] for key in ("seconds", "results", "bf16")}
@@ -142,7 +147,7 @@ def probe(name: str, *options: str) -> None:
     data["reported"] = data["reported"].replace(report["pictures"]["name"], data["name"])
     write(
         f"probe_{name}", f"python probe.py {' '.join(shown)}",
-        checkpoint=run, pictures=data, **figures,
+        what=what, checkpoint=run, pictures=data, **figures,
     )  # fmt: skip
 
 
@@ -229,13 +234,14 @@ def probe_lines() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("probe_*.json")):
         of = record(path.stem)
+        if "results" not in of:  # of speed
+            continue
         for task in dict.fromkeys(row["task"] for row in of["results"]):
             rows = [row for row in of["results"] if row["task"] == task]
             columns = list(rows[-1]["figures"])
             lines += [
-                f"`{of['command']}`, {PROBED.get(path.stem, '')}, {task}, "
-                f"{of['pictures']['report']} pictures, {of['seconds']:.0f} s on "
-                f"{of['hardware']} ({of['date']}):",
+                f"`{of['command']}`, {of['what']}: {task}, {of['pictures']['report']} pictures "
+                f"({of['seconds']:.0f} s on {of['hardware']}, {of['date']}):",
                 "",
                 "| | " + " | ".join(columns) + " |",
                 "|---|" + "---|" * len(columns),
@@ -252,7 +258,7 @@ def probe_lines() -> list[str]:
     return lines[:-1]
 
 
-PROBED = {}  # what the reports are of, in words
+SHOWN = ("cifar10",)  # reports whose pictures are kept too
 
 
 def measured_lines() -> list[str]:
@@ -287,6 +293,17 @@ DESCRIPTIONS = {
             f"{r['losses'][0]:.3f} -> {r['losses'][-1]:.3f} in {r['seconds']} s",
         )
     ],
+    "probe_speed": lambda r: [
+        (f"{name}, {r['train']:,} + {r['test']:,} features", f"{seconds:.1f} s")
+        for name, seconds in r["seconds"].items()
+    ],
+    "probe_load": lambda r: [
+        (
+            f"reading a released ViT-H/14 ({r['file_gb']:.1f} GB): seconds, and peak memory after "
+            "one picture",
+            f"{r['load_s']:.0f} s, {r['used']['peak_gb']:.1f} GB",
+        )
+    ],
     "cifar10_cpu": lambda r: [
         (
             f"`vit_tiny`, {r['data']}, {r['steps']} steps of {r['batch']} {r.get('options', '')}",
@@ -299,6 +316,7 @@ DESCRIPTIONS = {
 }
 DATA_OF_CIFAR = "CIFAR-10 (JPEG copy)"  # altered pixels: 2 to 3 points less than the original
 NOT_MEASURED = (
+    "features of `vit_tiny` on a GPU (aim: 100,000 images/s), and all of `probe.py` on CIFAR-10",
     "`vit_tiny` on CIFAR-10, 100 epochs, one GPU",
     "images/s of any model on a GPU",
 )
