@@ -332,17 +332,10 @@ class Evaluation:
         return eval_batches(self.data, index, batch_size, self.place.device, self.workers)
 
     def features(self, encoder, index: Tensor) -> Tensor:
-        """Pooled features (n, D) on the CPU; every process computes its part."""
-        world, rank = self.place.world_size, self.place.rank
-        if len(index) < 8 * world:  # too few to share
-            world, rank = 1, 0
-        part = probe.pooled_features(encoder, self.batches(index[rank::world]))
-        if world == 1:
-            return part
-        gathered = torch.zeros(len(index), part.shape[1], device=self.place.device)
-        gathered[rank::world] = part.to(gathered)
-        dist.all_reduce(gathered)
-        return gathered.cpu()
+        """Pooled features (n, D), on the CPU of every process."""
+        return probe.shared_features(
+            encoder, self.data, index, self.place, workers=self.workers, everywhere=True
+        )
 
     @torch.no_grad()
     def loss(self, model: IJEPA, masks: MaskCollator, bf16: bool) -> float:
