@@ -265,6 +265,57 @@ def test_a_run_goes_from_one_process_to_four_and_back(tmp_path, pictures, refere
     assert_close_runs(out, reference)
 
 
+# ---------------------------------------------------------------- models that are too large
+
+
+def test_a_sharded_run_equals_one_that_is_not(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    options = ["--data", pictures, *RUN, "--accum-steps", "2"]
+    finished(out, *options, "--shard", "--checkpoint-activations", world=2)
+    assert_close_runs(out, reference)
+    assert_same_kind(load(out), load(reference))
+
+
+def assert_same_kind(ours, theirs) -> None:
+    """Two checkpoints of the same form: names, types, shapes."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert_same_kind(ours[name], theirs[name])
+    elif isinstance(ours, torch.Tensor):
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+
+def test_a_run_goes_from_one_process_to_four_shards_and_back(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    at_6, at_12 = ({"signal": [0, step, signal.SIGTERM]} for step in (6, 12))
+    assert run(out, "--data", pictures, *RUN, faults=at_6)[0] == [143]
+    codes, said = run(out, "--resume", *HERE, "--shard", faults=at_12, world=4)
+    assert codes == 4 * [143], said
+    assert load(out)["step"] == 14
+    finished(out, "--resume", *HERE, "--no-shard")
+    assert_close_runs(out, reference)
+
+
+def test_a_shard_that_breaks_stops_all(tmp_path, pictures):
+    out = tmp_path / "run"
+    codes, said = run(out, "--data", pictures, *RUN, "--shard", faults={"nan": [1, 9]}, world=2)
+    assert codes == [2, 2] and said.count("the loss is nan at step 10 in process 1 of 2") == 2
+    assert load(out)["step"] == 8
+
+
+def test_activations_computed_twice_give_the_same_bits(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    finished(out, "--data", pictures, *RUN, "--checkpoint-activations")
+    assert_same_run(out, reference)
+
+
+def test_to_shard_takes_several_processes(tmp_path, pictures):
+    codes, said = run(tmp_path / "run", "--data", pictures, *RUN, "--shard")
+    assert codes == [2] and "use torchrun" in said
+
+
 # ----------------------------------------------------------------- checkpoints that are damaged
 
 
