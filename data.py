@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import re
 import signal
 import stat
@@ -175,12 +176,17 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
         raise UserError(f"{path} could not be written ({error}); {kept}") from error
 
 
+# All that a checkpoint's pickle may name: tensors, and the dicts that they are in.
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+
+
 def verify_file(path: Path) -> None:
     """Compare a file of `torch.save` with its checksums, which `torch.load` does not.
 
     It is a zip archive of records, each stored as it is with a CRC-32. Refused too is what would
-    unpack to more than the file holds. Reads all of it, at some gigabytes a second if the disk
-    keeps up: seconds for ten gigabytes.
+    unpack to more than the file holds, and what names anything but tensors and dicts: even of the
+    few things that `weights_only=True` allows, some take memory without end. Reads all of it, at
+    some gigabytes a second if the disk keeps up: seconds for ten gigabytes.
 
     Raises:
         UserError: there is no such file, it is damaged, or it is something else.
@@ -193,12 +199,23 @@ def verify_file(path: Path) -> None:
                 raise zipfile.BadZipFile("it would unpack to more than it holds")
             if (name := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{name} does not have its checksum")
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    _check_names(archive.read(record))
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except (*DAMAGED, zipfile.BadZipFile, OSError, ValueError, struct.error, zlib.error) as error:
         raise UserError(
             f"{path} is no checkpoint, or is truncated or damaged ({one_line(error)})"
         ) from error
+
+
+def _check_names(pickled: bytes) -> None:
+    """Raise BadZipFile if a pickle names what no checkpoint needs; nothing of it is run."""
+    for code, name, _ in pickletools.genops(pickled):
+        storage = code.name == "GLOBAL" and re.fullmatch(r"torch \w+Storage", name)
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not storage and name not in PICKLED:
+            raise zipfile.BadZipFile(f"it names {name}, which no checkpoint needs")
 
 
 def one_line(error: Exception) -> str:
