@@ -27,6 +27,7 @@ Letters, in every shape comment of this file:
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import pickletools
@@ -37,7 +38,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -1382,62 +1383,76 @@ def _blaming(path: Path) -> Iterator[None]:
         raise UserError(f"{path} {error}") from error
 
 
+# All that a pickle of tensors and of dicts of them may name. torch allows more, and some of that,
+# such as bytearray, takes as much memory as a file asks for.
+PICKLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch (\w+Storage|Size|device|b?float\d+|int\d+)"
+)
+
+
 def _load(path: Path, mmap: bool):
     """What torch.save wrote. With `mmap`, tensors stay in the file until they are used."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch.save writes since 2020
     try:
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
-            if zipped:  # torch does not look at the checksums, and loads whatever is there
-                with zipfile.ZipFile(path) as archive:
-                    records = archive.infolist()
-                    packed = any(record.compress_type for record in records)  # never by torch
-                    if packed or sum(r.file_size for r in records) > path.stat().st_size:
-                        raise zipfile.BadZipFile("it would unpack to more than it holds")
-                    if record := archive.testzip():
-                        raise zipfile.BadZipFile(f"{record} does not match its checksum")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            names = _checked_archive(path) if zipped else _old_names(path)
+            foreign = next((name for name in names if not PICKLED.fullmatch(name)), None)
+            if foreign is None:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Exception as error:  # unpicklers raise almost anything on damaged files
-        if code := _code_in(path, error):
-            raise ValueError(
-                f"is no checkpoint to trust: reading it would run code ({code}), so it was not "
-                "read. Ask its maker for a file of tensors alone"
-            ) from error
         # What torch says of pickles that it does not know is advice to trust them.
         known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile) and str(error)
         reason = str(error).splitlines()[0].split(". ")[0] if known else type(error).__name__
         raise ValueError(
             f"is no checkpoint, or is truncated or damaged ({reason}): copy it again"
         ) from error
+    raise ValueError(
+        f"is no checkpoint to trust: reading it would run code ({foreign.replace(' ', '.')}), so "
+        "it was not read. Ask its maker for a file of tensors alone"
+    )
 
 
-def _code_in(path: Path, error: Exception) -> str | None:
-    """What torch refused to call while it read a file, such as posix.system, if that was it."""
-    if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return found[1]
-    # Pickles of newer protocols torch does not read at all. To list what is in them runs nothing.
-    with suppress(Exception), warnings.catch_warnings(action="ignore"):  # it may be no pickle
-        if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                return _first_call(file)
-        with zipfile.ZipFile(path) as archive:
-            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(record) as file:
-                return _first_call(file)
-    return None
+def _checked_archive(path: Path) -> list[str]:
+    """What the pickle in a zip archive names, once the archive agrees with its checksums.
+
+    torch does not compare them, and loads whatever is there. All of the file is read, at a gigabyte
+    or more a second.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        packed = any(record.compress_type for record in records)  # never by torch
+        if packed or sum(record.file_size for record in records) > path.stat().st_size:
+            raise zipfile.BadZipFile("it would unpack to more than it holds")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return [name for each in pickles for name in _names(io.BytesIO(archive.read(each)))]
 
 
-def _first_call(pickled: IO[bytes]) -> str | None:
-    """The first function outside of torch and collections that a pickle of protocol 4 names."""
-    strings = []
+def _old_names(path: Path) -> list[str]:
+    """The same of a file as torch.save wrote before 2020: five pickles, then the tensors."""
+    names = []
+    with open(path, "rb") as file:
+        for _ in range(5):
+            names += _names(file)
+            if names and not all(map(PICKLED.fullmatch, names)):
+                break  # a pickle of something else need not have five parts
+    return names
+
+
+def _names(pickled: IO[bytes]) -> list[str]:
+    """The functions and classes that a pickle names, as "module name"; nothing of it is run."""
+    names, strings = [], []
     for opcode, argument, _ in pickletools.genops(pickled):
-        if isinstance(argument, str):
+        if opcode.name in ("GLOBAL", "INST"):
+            names.append(argument)
+        elif opcode.name == "STACK_GLOBAL":  # of newer protocols, which torch does not read
+            names.append(" ".join(strings[-2:]))
+        elif isinstance(argument, str):
             strings.append(argument)
-        elif opcode.name == "STACK_GLOBAL":
-            name = ".".join(strings[-2:])
-            if not name.startswith(("torch.", "collections.")):
-                return name
-    return None
+    return names
 
 
 def _need(found: Mapping, kinds: Mapping[str, type | UnionType]) -> None:

@@ -15,6 +15,7 @@ Ctrl-C save it and end it after the step in hand; a second one ends it at once.
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,11 +26,15 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -128,6 +133,8 @@ class TrainConfig:
 
     bf16: bool | None = option(None, "autocast to bfloat16 (default: where it pays)")
     compile: bool | None = option(None, "torch.compile (default: on a GPU)")
+    shard: bool = option(False, "weights and optimizer state in parts, one a process (FSDP2)")
+    checkpoint_activations: bool = option(False, "compute them twice: less memory, more time")
     workers: int | None = option(None, "processes that decode pictures (default: one a core)")
     device: str | None = option(None, "cuda or cpu (default: a GPU if there is one)")
     timeout: float = option(120.0, "minutes that processes wait for one that does not answer")
@@ -143,7 +150,8 @@ class TrainConfig:
 # These may change when a run is resumed: they change what is computed by rounding at most.
 FREE = {
     "data_dir", "out", "resume", "auto_resume", "accum_steps", "bf16", "compile", "workers",
-    "device", "timeout", "eval_every", "eval_images", "save_every", "log_every", "wandb",
+    "device", "shard", "checkpoint_activations", "timeout", "eval_every", "eval_images",
+    "save_every", "log_every", "wandb",
 }  # fmt: skip
 
 
@@ -257,13 +265,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) ->
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(state, dict) or set(state) not in (set(), set(range(len(parameters)))):
         raise kind
-    for i, values in state.items():
+    for i, values in sorted(state.items()):
         shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
         if (
             not isinstance(values, dict)
             or {name: getattr(value, "shape", None) for name, value in values.items()} != shapes
         ):
             raise kind
+    for i, values in sorted(state.items()):
+        p = parameters[i]
+        if isinstance(p, DTensor):  # each process takes its part
+            for name in ("exp_avg", "exp_avg_sq"):
+                full = values[name].to(p.device)
+                values[name] = distribute_tensor(full, p.device_mesh, p.placements)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
@@ -564,6 +578,59 @@ class Signals:
         return int(before[0])
 
 
+# ---------------------------------------------------------------------- a model that is too large
+
+
+def checkpoint_activations(model: IJEPA) -> None:
+    """Keep the input of each layer only, and compute what is inside again for the gradient."""
+    for block in (*model.encoder.blocks, *model.predictor.predictor_blocks):
+        block.forward = partial(
+            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+        )
+
+
+def shard(model: IJEPA, place: Place) -> None:
+    """Keep a part of each weight in each process, and put a layer together while it is at work.
+
+    So are gradients and optimizer state; the target encoder is cut in the same way, so that its
+    moving average is local. The numbers are those of DistributedDataParallel, to rounding.
+    """
+    mesh = dist.device_mesh.init_device_mesh(place.device.type, (place.world_size,))
+    networks = model.encoder.blocks, model.predictor.predictor_blocks, model.target_encoder.blocks
+    for block in itertools.chain(*networks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that is in this process: all of it, unless it is sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(tree, keep: bool):
+    """A state with its sharded tensors gathered on the CPU, where `keep` is true; by all."""
+    if isinstance(tree, DTensor):
+        full = tree.full_tensor()
+        return full.cpu() if keep else None
+    if isinstance(tree, dict):
+        return {key: whole(value, keep) for key, value in tree.items()}
+    return tree
+
+
+def whole_model(model: IJEPA, architecture: IJEPAConfig) -> IJEPA:
+    """The networks with all of their weights in this process: `model` itself, unless sharded."""
+    state = model.state_dict()
+    if not any(isinstance(x, DTensor) for x in state.values()):
+        return model
+    with torch.device("meta"):
+        plain = IJEPA(architecture)
+    plain.load_state_dict({name: x.full_tensor() for name, x in state.items()}, assign=True)
+    for name, constant in model.named_buffers():  # positions, which are not part of the state
+        owner, _, leaf = name.rpartition(".")
+        setattr(plain.get_submodule(owner), leaf, constant)
+    return plain
+
+
 def gathered(values: list[Tensor], place: Place) -> Tensor:
     """Numbers of all processes, on the CPU: a list of n scalars -> (processes, n)."""
     mine = torch.stack(values)
@@ -575,10 +642,10 @@ def gathered(values: list[Tensor], place: Place) -> Tensor:
 
 
 def largest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """The largest absolute number among weights and optimizer state; NaN if there is one."""
+    """The largest absolute number among weights and optimizer state here; NaN if there is one."""
     states = (x for state in optimizer.state.values() for x in state.values() if x.ndim)
-    numbers = [x.detach() for x in (*model.parameters(), *states)]
-    return torch.stack(torch._foreach_norm(numbers, torch.inf)).max()
+    numbers = [local(x.detach()) for x in (*model.parameters(), *states)]
+    return torch.stack(torch._foreach_norm([x for x in numbers if x.numel()], torch.inf)).max()
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -647,7 +714,8 @@ def _train(
     say = tqdm.write if place.main else (lambda *_: None)
     cuda = place.device.type == "cuda"
     bf16 = bf16_pays(architecture.embed_dim, place.device) if config.bf16 is None else config.bf16
-    compiled = cuda if config.compile is None else config.compile
+    # What is gathered layer by layer is not compiled as a whole.
+    compiled = (cuda and not config.shard) if config.compile is None else config.compile
     fresh = checkpoint is None
     if cuda:
         torch.set_float32_matmul_precision("high")
@@ -661,6 +729,8 @@ def _train(
         )
 
     # What can be refused is refused before anything large is read or built.
+    if config.shard and place.world_size == 1:
+        raise UserError("--shard cuts a model into parts for several processes: use torchrun")
     parts = place.world_size * config.accum_steps
     if config.batch_size % parts:
         raise UserError(
@@ -708,9 +778,8 @@ def _train(
 
     # The model, whose initial weights depend on the seed alone; and what a checkpoint brings.
     torch.manual_seed(config.seed)
-    model = IJEPA(architecture).to(place.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
-    first, best_knn, unlogged, files = 0, -1.0, [], listing(data)
+    model = IJEPA(architecture)
+    first, best_knn, unlogged, files, read_from = 0, -1.0, [], listing(data), last
     if checkpoint is not None:
         read_from = checkpoint["path"]
         if checkpoint["pictures"] != len(data):
@@ -724,12 +793,19 @@ def _train(
                 "other files or labels: put the same pictures there"
             )
         model.load_state_dict(checkpoint["model"])
-        load_optimizer(optimizer, checkpoint["optimizer"], read_from)
         first, best_knn = checkpoint["step"], checkpoint["best_knn"]
-        unlogged = checkpoint.get("unlogged", [])
+        unlogged = checkpoint["unlogged"]
         if read_from != last:
             damaged = ", which is kept as damaged.pt" if last.exists() else ""
             say(f"last.pt is missing or damaged{damaged}: going on from {read_from}, step {first}")
+    model.to(place.device)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    if config.shard:
+        shard(model, place)
+    optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
+    if checkpoint is not None:
+        load_optimizer(optimizer, checkpoint["optimizer"], read_from)
         checkpoint.clear()  # as large as the run itself
     run = start_wandb(config) if config.wandb and place.main else None
     if place.main:
@@ -745,7 +821,7 @@ def _train(
         torch._dynamo.config.cache_size_limit = 2 * len(sizes) + 2
         model.compile(dynamic=False)
     wrapped = model
-    if place.world_size > 1:
+    if place.world_size > 1 and not config.shard:
         # Positions are constants: there is nothing to keep equal.
         constants = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
@@ -756,6 +832,8 @@ def _train(
     def run_micro(batch: Batch, sync: bool = True) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up over the micro-batches."""
         no_sync = contextlib.nullcontext() if sync or wrapped is model else wrapped.no_sync()
+        if config.shard:
+            model.set_requires_gradient_sync(sync)
         with no_sync:
             with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
                 loss = wrapped(batch.images, batch.context_idx, batch.target_idx)
@@ -772,12 +850,13 @@ def _train(
             )
 
     def state(step: int, unlogged: list[float]) -> dict:
+        """A checkpoint, the same whatever the processes; they all have to ask for it."""
         return {
             "format": probe.CHECKPOINT_FORMAT,
             "config": dataclasses.asdict(config),
             "architecture": dataclasses.asdict(architecture),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "model": whole(model.state_dict(), place.main),
+            "optimizer": whole(optimizer.state_dict(), place.main),
             "pictures": len(data),
             "listing": files,
             "step": step,
@@ -790,18 +869,19 @@ def _train(
     def evaluate(step: int, row: dict) -> None:
         nonlocal best_knn
         try:
-            figures = evaluation(model, masks, bf16)
+            figures = evaluation(whole_model(model, architecture), masks, bf16)
         except ValueError as error:
             raise UserError(f"after step {step}: {error}. {last} is from before") from error
         epoch = step * config.batch_size / pictures
         improved = figures["knn"] > best_knn
         best_knn = max(best_knn, figures["knn"])
+        now = state(step, [])
         if place.main:
             log.add(step=step, epoch=epoch, **row, **figures)
             log.draw(out / "curves.png")
             if improved:  # first, since last.pt will say that it has been saved
-                save(best, state(step, []))
-            save(last, state(step, []))
+                save(best, now)
+            save(last, now)
             if run:
                 names = {"Epoch": epoch, "Validation Loss": figures["val_loss"]}
                 run.log(names | figures, step=step)
@@ -844,8 +924,9 @@ def _train(
             if number := signals.agreed():
                 recent = mean_losses(losses, step, place, last)
                 check_weights(step)
+                now = state(step, recent)
                 if place.main:
-                    save(last, state(step, recent))
+                    save(last, now)
                 if place.world_size > 1:
                     dist.barrier()  # or torchrun would end the one that saves
                 return number
@@ -883,13 +964,15 @@ def _train(
                 epoch = done * config.batch_size / pictures
                 if run:
                     run.log({"Epoch": epoch, "Train Loss": row["loss"], **row}, step=done)
+                now = state(done, []) if at_save and not at_eval else None
                 if at_eval:
                     evaluate(done, row)
                 elif place.main:
                     log.add(step=done, epoch=epoch, **row)
                     if at_save:
-                        save(last, state(done, []))
+                        save(last, now)
                 losses, since = [], time.perf_counter()
+    model = whole_model(model, architecture)
     finish(config, architecture, model, evaluation, masks, place, out, run)
     return 0
 

@@ -8,12 +8,14 @@ import dataclasses
 import io
 import math
 import os
+import pickle
 import random
 import re
 import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import zipfile
@@ -263,6 +265,89 @@ def test_a_run_goes_from_one_process_to_four_and_back(tmp_path, pictures, refere
     assert load(out)["step"] == 14
     finished(out, "--resume", *HERE)
     assert_close_runs(out, reference)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_slurm_script_starts_train_py_and_queues_itself_again(tmp_path, stopped):
+    """With srun and scontrol that write down what they are asked."""
+    readme = (ROOT / "README.md").read_text()
+    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", readme, re.S)[1]
+    (tmp_path / "job.sh").write_text(script)
+    asked = tmp_path / "asked"
+    for name, body in (
+        ("srun", f'echo "srun $@" >> {asked}; trap "exit 1" TERM; sleep {3 * stopped} & wait'),
+        ("scontrol", f'echo "scontrol $@" >> {asked}; echo node1; echo node2'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", tmp_path / "job.sh"], env=environment)
+    if stopped:
+        end = time.monotonic() + 20
+        while "srun" not in (asked.read_text() if asked.exists() else ""):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.3)
+        job.send_signal(signal.SIGTERM)
+    job.wait(30)
+    hosts, started, *more = asked.read_text().splitlines()
+    assert hosts == "scontrol show hostnames node[1-2]"
+    assert more == (["scontrol requeue 7"] if stopped else [])
+    assert "--nnodes 2" in started and "--rdzv-endpoint node1:29400" in started
+    config, *_ = train.configure(started.partition(" train.py ")[2].split())
+    assert config.auto_resume and config.model == "vit_huge"
+
+
+# ---------------------------------------------------------------- models that are too large
+
+
+def test_a_sharded_run_equals_one_that_is_not(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    options = ["--data", pictures, *RUN, "--accum-steps", "2"]
+    finished(out, *options, "--shard", "--checkpoint-activations", world=2)
+    assert_close_runs(out, reference)
+    assert_same_kind(load(out), load(reference))
+
+
+def assert_same_kind(ours, theirs) -> None:
+    """Two checkpoints of the same form: names, types, shapes."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert_same_kind(ours[name], theirs[name])
+    elif isinstance(ours, torch.Tensor):
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+
+def test_a_run_goes_from_one_process_to_four_shards_and_back(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    at_6, at_12 = ({"signal": [0, step, signal.SIGTERM]} for step in (6, 12))
+    assert run(out, "--data", pictures, *RUN, faults=at_6)[0] == [143]
+    codes, said = run(out, "--resume", *HERE, "--shard", faults=at_12, world=4)
+    assert codes == 4 * [143], said
+    assert load(out)["step"] == 14
+    finished(out, "--resume", *HERE, "--no-shard")
+    assert_close_runs(out, reference)
+
+
+def test_a_shard_that_breaks_stops_all(tmp_path, pictures):
+    out = tmp_path / "run"
+    codes, said = run(out, "--data", pictures, *RUN, "--shard", faults={"nan": [1, 9]}, world=2)
+    assert codes == [2, 2] and said.count("the loss is nan at step 10 in process 1 of 2") == 2
+    assert load(out)["step"] == 8
+
+
+def test_activations_computed_twice_give_the_same_bits(tmp_path, pictures, reference):
+    out = tmp_path / "run"
+    finished(out, "--data", pictures, *RUN, "--checkpoint-activations")
+    assert_same_run(out, reference)
+
+
+def test_to_shard_takes_several_processes(tmp_path, pictures):
+    codes, said = run(tmp_path / "run", "--data", pictures, *RUN, "--shard")
+    assert codes == [2] and "use torchrun" in said
 
 
 # ----------------------------------------------------------------- checkpoints that are damaged
@@ -612,6 +697,43 @@ def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
         archive.writestr("x/data.pkl", b"\0" * 10**7)
     with pytest.raises(data.UserError, match="unpack to more than it holds"):
         train.probe.read_checkpoint(tmp_path / "last.pt")
+
+
+class Bytes:
+    """Unpickled, it takes a terabyte, by a name that weights_only=True allows."""
+
+    def __reduce__(self):
+        return bytearray, (10**12,)
+
+
+def longer(pickled: bytes) -> bytes:
+    """A storage of four numbers made one of 2^31 - 1."""
+    place = pickled.index(b"K\x04", pickled.index(b"cpu"))  # BININT1 4
+    return pickled[:place] + b"J\xff\xff\xff\x7f" + pickled[place + 2 :]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda _: pickle.dumps({"x": Bytes()}, 2), r"would run code \(__builtin__.bytearray\)"),
+        (lambda _: pickle.dumps({"x": Bytes()}, 4), r"would run code \(builtins.bytearray\)"),
+        (longer, "does not match expected size"),
+        (lambda pickled: pickled[:-5], "truncated or damaged"),
+    ],
+)
+def test_what_would_take_memory_is_refused_by_name(tmp_path, change, message):
+    torch.save({"format": train.probe.CHECKPOINT_FORMAT, "x": torch.zeros(4)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as source,
+        zipfile.ZipFile(tmp_path / "last.pt", "w") as target,
+    ):
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, change(content) if name.endswith("data.pkl") else content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(data.UserError, match=message):
+        train.read_last(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
 # ------------------------------------------------------------------------- odd inputs

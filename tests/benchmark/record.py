@@ -8,6 +8,7 @@
     python tests/benchmark/record.py probe NAME WHAT RUN [OPTIONS]   probe.py
     python tests/benchmark/probe_speed.py      kNN and the linear sweep
     python tests/benchmark/probe_load.py FOLDER    reading a released ViT-H/14: needs 11 GB there
+    python tests/benchmark/record.py memory    memory a GPU, by formula
     python tests/benchmark/record.py readme    copy the recorded figures into README.md
 
 Nothing else should be running: times are wall time.
@@ -188,6 +189,13 @@ def speed(batch_size: int = 256, steps: int = 3) -> None:
     write("speed", "python tests/benchmark/record.py speed", batch=batch_size, images_per_s=rates)
 
 
+def memory(images: int = 32) -> None:
+    """What each model takes in each process, sharded and not, on so many of them."""
+    from memory import table
+
+    write("memory", "python tests/benchmark/record.py memory", images=images, rows=table(images))
+
+
 def readme() -> None:
     """Replace what stands between the markers of README.md by the recorded figures."""
     text = (ROOT / "README.md").read_text()
@@ -278,6 +286,50 @@ def measured_lines() -> list[str]:
     return lines
 
 
+def faults_lines() -> list[str]:
+    """What was tried against a run, how often, what happened, and what was lost."""
+    lines = ["| what | how often | what happened | what was lost |", "|---|---|---|---|"]
+    rows = record("faults")
+    for name in FAULTS:
+        if name in rows:
+            r = rows[name]
+            lines.append(f"| {r['what']} | {r['tried']} | {r['happened']} | {r['lost']} |")
+    any_ = next(iter(rows.values()))
+    dates = sorted({row["date"] for row in rows.values()})
+    commands = ", ".join(f"`{name}`" for name in FAULTS if name in rows)
+    lines += [
+        "",
+        f"`python tests/faults/run.py` with {commands}; {any_['hardware']}, torch {any_['torch']}, "
+        f"{' and '.join(dates)}, `vit_nano`, runs of 20 steps unless said.",
+    ]
+    return lines
+
+
+def memory_lines() -> list[str]:
+    """Gigabytes for each model: its state in each process, and what a batch adds."""
+    of = record("memory")
+    pictures = f"{of['images']} pictures"
+    lines = [
+        "| model | trained weights | DDP on 1, 8 or 64 | FSDP on 8 | FSDP on 64 "
+        f"| {pictures} | {pictures}, `--checkpoint-activations` |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in of["rows"]:
+        sizes = (r["ddp"], r["fsdp"]["8"], r["fsdp"]["64"], r["activations"], r["recomputed"])
+        cells = " | ".join(f"{size / 1e9:.2f} GB" for size in sizes)
+        lines.append(f"| `{r['model']}` | {r['trained'] / 1e6:.0f} M | {cells} |")
+    return lines
+
+
+BLOCKS = {
+    "demo": demo_lines,
+    "measured": measured_lines,
+    "faults": faults_lines,
+    "memory": memory_lines,
+}
+FAULTS = (
+    "kills", "signals", "damage", "full", "equality", "machines", "pictures", "fuzz", "memory",
+)  # fmt: skip
 DESCRIPTIONS = {
     "masks": lambda r: [
         (f"drawing masks, {grid}x{grid} grid, one core", f"{us:.1f} µs an image")
@@ -324,7 +376,8 @@ BLOCKS = {"demo": demo_lines, "probe": probe_lines, "measured": measured_lines} 
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (demo, masks, speed, cifar10, stream, probe, readme)}
+    functions = (demo, masks, speed, cifar10, stream, probe, memory, readme)
+    commands = {f.__name__: f for f in functions}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
