@@ -652,7 +652,7 @@ def augmented_batch(n: int) -> int:
 
 
 def _fit_batch(batch_size: int, n: int) -> int:
-    """No more than there are; if fewer, a multiple of 64 for processes to share, or of 2 for pairs."""
+    """No more than there are; then a multiple of 64, for processes to share, or 2, for pairs."""
     return batch_size if batch_size <= n else n // 64 * 64 or n // 2 * 2 or n
 
 
