@@ -653,8 +653,8 @@ def augmented_batch(n: int) -> int:
 
 
 def _fit_batch(batch_size: int, n: int) -> int:
-    """No more than there are; a multiple of 64 then too, so that processes can share it."""
-    return batch_size if batch_size <= n else n // 64 * 64 or n
+    """No more than there are; then a multiple of 64, for processes to share, or 2, for pairs."""
+    return batch_size if batch_size <= n else n // 64 * 64 or n // 2 * 2 or n
 
 
 def reference_factor(step: int, batch_size: int, n: int, epochs: int) -> float:

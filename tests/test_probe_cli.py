@@ -415,12 +415,12 @@ def test_augmented_probe_and_fine_tuning_have_their_own_reports(run, pictures):
     for values in figures(found).values():
         assert list(values) == ["linear probe, crops"] and min(values["linear probe, crops"]) > 60
     script(run, "--data", pictures, "--finetune", "--epochs", "8", "--lr", "3e-3",
-           "--batch-size", "27", "--workers", "0", "--no-baselines")  # fmt: skip
+           "--batch-size", "28", "--workers", "0", "--no-baselines")  # fmt: skip
     found = report_of(run / f"probe_{pictures.name}_finetune")
     (row,) = found["results"]
     assert row["figures"]["fine-tuned"][0] > 90
     recipe = row["chosen"][0]["fine-tuning"]
-    assert recipe["lr"] == 3e-3 and recipe["epochs"] == 8 and recipe["batch_size"] == 27
+    assert recipe["lr"] == 3e-3 and recipe["epochs"] == 8 and recipe["batch_size"] == 28
 
 
 def test_fine_tuning_with_few_labels_has_a_figure_for_each_sample(run, pictures, monkeypatch):

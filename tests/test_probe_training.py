@@ -157,7 +157,8 @@ def test_batches_and_rates_on_imagenet_are_the_papers():
     assert probe.augmented_batch(40) == 40
     for n in (999, 5000, 22_500, 45_000):
         assert probe.augmented_batch(n) % 64 == 0
-    assert probe._fit_batch(512, 300) == 256 and probe._fit_batch(512, 600) == 512
+    for n, batch in ((600, 512), (512, 512), (300, 256), (64, 64), (63, 62), (27, 26), (1, 1)):
+        assert probe._fit_batch(512, n) == batch
 
 
 # ------------------------------------------------------------- the linear probe on random crops
