@@ -206,7 +206,7 @@ def machines() -> None:
         assert (out / "died").exists() and "exitcode: -9" in "".join(said)
         faults.assert_close_runs(out, reference)
     report(
-        "machines", "torchrun, two agents, `--max-restarts`; a process killed at step 9 of 20",
+        "machines", "`torchrun --max-restarts`, two agents; a process killed at step 9 of 20",
         "once", "both start again, go on from step 8, and end as the run of one process does",
         "one step, run again",
     )  # fmt: skip
