@@ -238,32 +238,31 @@ def demo_lines() -> list[str]:
 
 
 def probe_lines() -> list[str]:
-    """What probe.py found, a table for each recorded report."""
-    lines = []
-    for path in sorted(RESULTS.glob("probe_*.json")):
-        of = record(path.stem)
-        if "results" not in of:  # of speed
-            continue
+    """What probe.py found: a row for each recorded report, task and reader."""
+    names = ("raw pixels", "untrained", "target encoder")
+    lines = [f"| encoder and task | read by | {' | '.join(names)} | how |", "|---" * 6 + "|"]
+    for of in reports():
         for task in dict.fromkeys(row["task"] for row in of["results"]):
-            rows = [row for row in of["results"] if row["task"] == task]
-            columns = list(rows[-1]["figures"])
-            lines += [
-                f"`{of['command']}`, {of['what']}: {task}, {of['pictures']['report']} pictures "
-                f"({of['seconds']:.0f} s on {of['hardware']}, {of['date']}):",
-                "",
-                "| | " + " | ".join(columns) + " |",
-                "|---|" + "---|" * len(columns),
-            ]
-            for row in rows:
+            rows = {r["features"]: r["figures"] for r in of["results"] if r["task"] == task}
+            for column in (c for c in rows["target encoder"] if "plain" not in c):
                 cells = []
-                for column in columns:
-                    values = row["figures"].get(column, [])
-                    cell = f"{statistics.mean(values):.1f}" if values else ""
+                for name in names:
+                    values = rows.get(name, {}).get(column, [])
                     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                    cells.append(cell + spread)
-                lines.append(f"| {row['features']} | " + " | ".join(cells) + " |")
-            lines.append("")
-    return lines[:-1]
+                    cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+                how = (
+                    f"`{of['command']}`: {of['pictures']['report']} pictures, {of['seconds']:.0f} s"
+                )
+                lines.append(f"| {of['what']}: {task} | {column} | {' | '.join(cells)} | {how} |")
+    hardware = {f"{of['hardware']}, {of['date']}" for of in reports()}
+    lines += ["", f"Accuracy, %, mean and standard deviation; {' and '.join(sorted(hardware))}."]
+    return lines
+
+
+def reports() -> list[dict]:
+    """All that probe.py reported."""
+    records = (record(path.stem) for path in sorted(RESULTS.glob("probe_*.json")))
+    return [of for of in records if "results" in of]
 
 
 SHOWN = ("cifar10",)  # reports whose pictures are kept too
