@@ -731,6 +731,8 @@ def _train(
     # What can be refused is refused before anything large is read or built.
     if config.shard and place.world_size == 1:
         raise UserError("--shard cuts a model into parts for several processes: use torchrun")
+    if config.shard and not cuda and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(f"--shard on a CPU needs a newer PyTorch than {torch.__version__}")
     parts = place.world_size * config.accum_steps
     if config.batch_size % parts:
         raise UserError(

@@ -302,6 +302,13 @@ def test_the_slurm_script_starts_train_py_and_queues_itself_again(tmp_path, stop
 # ---------------------------------------------------------------- models that are too large
 
 
+needs_fsdp_on_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="this PyTorch shards on GPUs only (2.6 does)",
+)
+
+
+@needs_fsdp_on_cpu
 def test_a_sharded_run_equals_one_that_is_not(tmp_path, pictures, reference):
     out = tmp_path / "run"
     options = ["--data", pictures, *RUN, "--accum-steps", "2"]
@@ -321,6 +328,7 @@ def assert_same_kind(ours, theirs) -> None:
         assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
 
 
+@needs_fsdp_on_cpu
 def test_a_run_goes_from_one_process_to_four_shards_and_back(tmp_path, pictures, reference):
     out = tmp_path / "run"
     at_6, at_12 = ({"signal": [0, step, signal.SIGTERM]} for step in (6, 12))
@@ -332,11 +340,18 @@ def test_a_run_goes_from_one_process_to_four_shards_and_back(tmp_path, pictures,
     assert_close_runs(out, reference)
 
 
+@needs_fsdp_on_cpu
 def test_a_shard_that_breaks_stops_all(tmp_path, pictures):
     out = tmp_path / "run"
     codes, said = run(out, "--data", pictures, *RUN, "--shard", faults={"nan": [1, 9]}, world=2)
     assert codes == [2, 2] and said.count("the loss is nan at step 10 in process 1 of 2") == 2
     assert load(out)["step"] == 8
+
+
+@pytest.mark.skipif(hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch can do it")
+def test_an_old_pytorch_that_cannot_shard_on_a_cpu_says_so(tmp_path, pictures):
+    codes, said = run(tmp_path / "run", "--data", pictures, *RUN, "--shard", world=2)
+    assert codes == [2, 2] and "needs a newer PyTorch" in said
 
 
 def test_activations_computed_twice_give_the_same_bits(tmp_path, pictures, reference):
