@@ -175,7 +175,7 @@ def test_separable_pictures_are_told_apart_from_crops_and_shuffled_labels_are_no
     assert list(found.by_feature) == ["last layer", "last 2 layers"]
     assert min(found.best.test) > 0.97
     assert len(found.grid) == 2 * 2 * 4 * 2 and all(len(row.val) == 2 for row in found.grid)
-    chance = augmented(encoder, shuffled(train), choose, report)
+    chance = augmented(encoder, shuffled(train), choose, shuffled(report, seed=1))
     assert 0.15 < chance.best.test_mean < 0.55
 
 
