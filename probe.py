@@ -14,6 +14,22 @@ layer or the last four; learning rate and weight decay are swept. Where the pape
 choice among them, it is made here on held-out training images: the test set is read once, by the
 winner. Raw pixels and the same encoder untrained stand beside it.
 
+How to find one's way: `main` and `evaluate`, at the end, are the whole of an evaluation. Above:
+
+    features          an image as one vector: the mean of its patches
+    neighbours        kNN, free of choices
+    linear probe      a sweep of linear heads on stored features
+    augmented probe   the same on random crops, with the paper's optimizer
+    fine-tuning       the encoder trained too
+    low-shot          a linear probe with few labels
+    health            RankMe, spread, confusion matrix
+    comparing         raw pixels beside encoders, for the end of a training run
+    checkpoints       encoders read from files of three kinds, and exported
+    which pictures    a set split in three: to learn from, to choose on, to report on
+    features, kept    computed by all processes, once, and stored
+    pictures          confusion matrix, neighbours, patches as colours
+    command line      options, the three protocols, the report
+
 The report (probe.json, and pictures) goes beside the run, into probe_<data>; features are kept in
 the folder features, and not computed twice.
 
@@ -108,7 +124,6 @@ def pooled_features(
     layers: int = 1,
     device: torch.device | str | None = None,
     bf16: bool = False,
-    keep_on_device: bool = False,
 ) -> Tensor:
     """One vector an image: the average over patches of each of the last layers (Appendix A.2).
 
@@ -118,9 +133,8 @@ def pooled_features(
         layers: how many of the last layers; each goes through the last norm.
         device: where to compute; the encoder is moved there. By default where the encoder is.
         bf16: run the layers in bfloat16; averages are taken in float32 either way.
-        keep_on_device: leave the features on the device.
     Returns:
-        (n, layers * D) float32, the deepest layer last; on the CPU unless `keep_on_device`.
+        (n, layers * D) float32 on the CPU, the deepest layer last.
     Raises:
         ValueError: no images, no such number of layers, or features that are not finite; the
             message names the first such layer and the number of images.
@@ -135,13 +149,12 @@ def pooled_features(
         with torch.inference_mode():
             images = images.to(device, non_blocking=True)
             features.append(pooled(encoder, images, layers, bf16))
-            if not keep_on_device and len(features) > 1:
+            if len(features) > 1:
                 # One batch late: the device computes this batch while the one before is copied.
                 features[-2] = features[-2].cpu()
     if not features:
         raise ValueError("there are no images to take features of")
-    if not keep_on_device:
-        features[-1] = features[-1].cpu()
+    features[-1] = features[-1].cpu()
     # Outside of inference mode, so that a head can be trained on the result.
     whole = torch.cat(features)  # (n, layers * D)
 
@@ -181,9 +194,8 @@ def at_once(encoder: ViT, size: int | None, device: torch.device, train: bool = 
 
 def _broken(features: Tensor) -> Tensor:
     """Which vectors hold a NaN or an infinity: (..., D) -> (...)."""
-    return ~features.sum(
-        -1, dtype=torch.float32
-    ).isfinite()  # a sum is finite only if all its terms are
+    # A sum is finite only if all its terms are.
+    return ~features.sum(-1, dtype=torch.float32).isfinite()
 
 
 def _check(name: str, x: Tensor, y: Tensor | None = None, classes: int | None = None) -> None:
@@ -208,10 +220,8 @@ def _check(name: str, x: Tensor, y: Tensor | None = None, classes: int | None = 
 class Prediction(NamedTuple):
     """What the k nearest training images say about n images."""
 
-    weighted: (
-        Tensor  # (n,) int64 classes, a neighbour's vote counting exp(similarity / temperature)
-    )
-    plain: Tensor  # (n,) int64 classes, one neighbour one vote
+    weighted: Tensor  # (n,) int64 classes; a neighbour's vote is exp(similarity / temperature)
+    plain: Tensor  # (n,) int64 classes; one neighbour, one vote
     neighbours: Tensor  # (n, k) int64 rows of `train_x`, the nearest first
     similarity: Tensor  # (n, k) float32 cosine similarity to them
 
@@ -265,7 +275,8 @@ def knn(
             if best[i] is not None:  # earlier images stand first, so they win the ties
                 similarity = torch.cat([best[i][0], similarity], dim=1)
                 idx = torch.cat([best[i][1], idx], dim=1)
-            best[i] = _nearest_first(similarity, idx, k)
+            order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+            best[i] = similarity.gather(1, order), idx.gather(1, order)
         start += len(block)
     similarity = torch.cat([s for s, _ in best])  # (n, k)
     neighbours = torch.cat([idx for _, idx in best])  # (n, k)
@@ -299,12 +310,6 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
         idx[tied] = taken.nonzero()[:, 1].view(-1, k)
     idx = idx.sort(dim=1).values
     return similarity.gather(1, idx), idx
-
-
-def _nearest_first(similarity: Tensor, idx: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in falling order, equals in the order they stand."""
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return similarity.gather(1, order), idx.gather(1, order)
 
 
 # --------------------------------------------------------------------------------- linear probe
@@ -392,18 +397,17 @@ def linear_probe(
 
     Every member of the grid (feature x head x rate x decay x seed) sees the training set as if it
     were alone, but all are trained at once: one product of matrices serves all settings of a head.
-    The problem is convex and starts from zero: seeds differ in the order of the images alone, and
-    not at all where a batch holds every one of them.
+    The problem is convex and starts from zero: seeds differ in the order of the images alone.
 
     Differs from the paper in the optimizer, see `_Heads`, and in that batch norm takes mean and
     variance from the whole training set, which on stored features costs nothing.
 
     Args:
-        train_x: (n, D) features, or several kinds of them by name, of any width; all kinds go
-            through the same images in the same order. They may stay on the CPU.
+        train_x: (n, D) features, or several kinds of them by name, of any width. They may stay on
+            the CPU.
         train_y: (n,) int64 classes from 0.
-        val_x, val_y: held out from training; the choice is made on them, by the mean over seeds.
-            Of equals, the first in the order features, heads, rates, decays.
+        val_x, val_y: held out; the choice is made on them, by the mean over seeds. Of equals, the
+            first in the order features, heads, rates, decays.
         test_x, test_y: read once, by the best setting of each feature.
         heads: "linear" and "bn" (batch norm without learned scale and shift, then linear).
         rates, decays: what to try. The rate falls along a cosine. A decay is a penalty of
@@ -417,8 +421,6 @@ def linear_probe(
         device: where to compute; by default where the features are.
         chunk: images evaluated at a time; does not alter the answer.
         progress: show a bar, if it takes long and there is a terminal.
-    Returns:
-        A `LinearProbe`.
     Raises:
         ValueError: shapes, names or labels that do not fit, features that are not finite (how
             many), an empty grid, an unknown head.
@@ -443,24 +445,22 @@ def linear_probe(
             raise ValueError(f"{split} features {list(features)} are not {list(train_x)}")
         for name, x in features.items():
             _check(f"{split} set, {name}", x, labels, num_classes)
-            if x.shape[1] != train_x[name].shape[1]:
-                raise ValueError(
-                    f"{split} set, {name}: width {x.shape[1]}, not {train_x[name].shape[1]}"
-                )
+            if x.shape[1] != (width := train_x[name].shape[1]):
+                raise ValueError(f"{split} set, {name}: width {x.shape[1]}, not {width}")
 
     device = torch.device(device or next(iter(train_x.values())).device)
     settings = [(float(rate), float(decay)) for rate in rates for decay in decays]  # Q
-    stacks = {
-        (name, head): _Heads(head, *moments, num_classes, settings, len(seeds))
-        for name, moments in ((name, _moments(x, device)) for name, x in train_x.items())
-        for head in heads
-    }
+    stacks = {}
+    for name, x in train_x.items():
+        moments = _moments(x, device)
+        for head in heads:
+            stacks[name, head] = _Heads(head, *moments, num_classes, settings, len(seeds))
     _train(stacks, train_x, train_y, seeds, epochs, min_steps, batch_size, progress)
     return _choose(stacks, settings, val_x, val_y, test_x, test_y, chunk)
 
 
 def _choose(
-    stacks: Mapping[tuple[str, str], "_Heads | _LARSHeads"],
+    stacks: Mapping[tuple[str, str], "_Stack"],
     settings: Sequence[tuple[float, float]],
     val_x: Mapping[str, Tensor],
     val_y: Tensor,
@@ -503,8 +503,33 @@ def _moments(x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, sum(rows.T @ rows for rows in centred) / len(x)
 
 
-class _Heads:
-    """All heads of one kind on one feature, (S, C, Q, D) weights, trained side by side.
+class _Stack:
+    """All heads of one kind on one feature: weights (S, Q, C, D) and biases (S, Q, C, 1)."""
+
+    def __init__(self, first: Tensor, settings: Sequence[tuple[float, float]]):
+        """first: (S, C, D), the initial weights, the same for all settings."""
+        pairs = torch.tensor(settings, device=first.device)
+        self.rates, self.decays = pairs.T[:, :, None, None]  # (Q, 1, 1) each
+        self.weight = repeat(first, "s c d -> s q c d", q=len(settings)).clone()
+        self.bias = torch.zeros_like(self.weight[..., :1])
+        self.weight_velocity = torch.zeros_like(self.weight)
+        self.bias_velocity = torch.zeros_like(self.bias)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Features as trained heads look at them: (n, D) -> (n, D)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
+        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
+        settings = slice(None) if only is None else slice(only, only + 1)
+        weight, bias = self.weight[:, settings], self.bias[:, settings]
+        logits = (weight @ self.seen(rows).T + bias for rows in x.split(chunk))  # (S, Q, C, b)
+        return torch.cat([rows.argmax(2) for rows in logits], dim=2)
+
+
+class _Heads(_Stack):
+    """Heads that start from zero and learn by SGD along the features' principal axes.
 
     A sweep of plain SGD measures how well SGD copes with the features as much as what is in them:
     they vary a million times more in some directions than in others, most of all those of an
@@ -529,7 +554,8 @@ class _Heads:
         settings: Sequence[tuple[float, float]],
         num_seeds: int,
     ):
-        device = mean.device
+        first = torch.zeros(num_seeds, num_classes, len(mean), device=mean.device)
+        super().__init__(first, settings)
         variance = covariance.diagonal()
         spread = variance.mean().sqrt().expand_as(variance)  # one number
         if head == "bn":
@@ -539,52 +565,37 @@ class _Heads:
         curvature, axes = torch.linalg.eigh(covariance / torch.outer(spread, spread))
         self.mean = mean  # (D,)
         self.transform = axes / spread[:, None]  # (D, D): centred features to principal axes
-
-        rates, decays = torch.tensor(settings, device=device).T[:, :, None]  # (Q, 1) each
-        self.decays, self.bias_rates = decays, rates
         curvature = curvature.clamp_min(0).float() + CURVATURE_EPS
-        self.weight_rates = rates / (curvature + decays)  # (Q, D)
-        shape = (num_seeds, num_classes, len(settings))
-        self.weight = torch.zeros(*shape, len(mean), device=device)  # (S, C, Q, D)
-        self.bias = torch.zeros(*shape, 1, device=device)  # (S, C, Q, 1)
-        self.weight_velocity = torch.zeros_like(self.weight)
-        self.bias_velocity = torch.zeros_like(self.bias)
+        self.weight_rates = self.rates / (curvature + self.decays)  # (Q, 1, D)
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Features centred, scaled and along the principal axes: (n, D) -> (n, D)."""
+    def seen(self, x: Tensor) -> Tensor:
+        """Centred, scaled and along the principal axes."""
         x = x.to(self.weight) - self.mean.float()
         return x @ self.transform.float()
 
     def step(self, x: Tensor, targets: Tensor, factor: float) -> None:
         """One step of SGD with Nesterov momentum for all, at `factor` times their rates.
 
-        x: (S, b, D) turned features, a batch for each seed; targets: (S, C, 1, b) one-hot.
+        x: (S, b, D) features as `seen`, a batch for each seed; targets: (S, 1, C, b) one-hot.
         """
         # Cross entropy of a linear map has a short gradient: (softmax(logits) - targets) x^T / b.
         logits = torch.bmm(self.weight.flatten(1, 2), x.mT).view(*self.bias.shape[:3], -1)
-        error = (logits + self.bias).softmax(1).sub_(targets).div_(x.shape[1])  # (S, C, Q, b)
+        error = (logits + self.bias).softmax(2).sub_(targets).div_(x.shape[1])  # (S, Q, C, b)
         weight_gradient = torch.bmm(error.flatten(1, 2), x).view_as(self.weight)
         weight_gradient.addcmul_(self.weight, self.decays)
         bias_gradient = error.sum(3, keepdim=True)
         for value, velocity, gradient, rates in (
             (self.weight, self.weight_velocity, weight_gradient, self.weight_rates),
-            (self.bias, self.bias_velocity, bias_gradient, self.bias_rates),
+            (self.bias, self.bias_velocity, bias_gradient, self.rates),
         ):
             velocity.mul_(MOMENTUM).add_(gradient)
             gradient.add_(velocity, alpha=MOMENTUM)  # Nesterov's look ahead
             value.addcmul_(gradient, rates, value=-factor)
 
-    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
-        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
-        settings = slice(None) if only is None else slice(only, only + 1)
-        weight, bias = self.weight[:, :, settings], self.bias[:, :, settings]
-        logits = (weight @ self.turned(rows).T + bias for rows in x.split(chunk))  # (S, C, Q, b)
-        return torch.cat([rows.argmax(1) for rows in logits], dim=2)
-
     def folded(self, q: int) -> tuple[Tensor, Tensor]:
         """One setting as a map from features as they come to logits: (S, C, D) and (S, C)."""
-        weight = self.weight[:, :, q].double() @ self.transform.T
-        bias = self.bias[:, :, q, 0] - weight @ self.mean
+        weight = self.weight[:, q].double() @ self.transform.T
+        bias = self.bias[:, q, :, 0] - weight @ self.mean
         return weight.float().cpu(), bias.float().cpu()
 
 
@@ -601,11 +612,11 @@ def _train(
 ) -> None:
     """Train all heads of all stacks in one pass; keeps a turned copy of the features for each."""
     turned = {
-        key: torch.cat([stack.turned(rows).to(rows.device) for rows in train_x[key[0]].split(ROWS)])
+        key: torch.cat([stack.seen(rows).to(rows.device) for rows in train_x[key[0]].split(ROWS)])
         for key, stack in stacks.items()
     }
-    some = next(iter(stacks.values())).weight
-    n, classes, train_y = len(train_y), some.shape[1], train_y.cpu()
+    some = next(iter(stacks.values())).weight  # (S, Q, C, D)
+    n, classes, train_y = len(train_y), some.shape[2], train_y.cpu()
     batches = max(1, round(n / batch_size))  # of nearly equal size: no remainder, none tiny
     epochs = max(epochs, math.ceil(min_steps / batches))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -614,8 +625,7 @@ def _train(
         for _ in range(epochs):
             order = torch.stack([torch.randperm(n, generator=g) for g in generators])  # (S, n)
             for idx in order.tensor_split(batches, dim=1):  # (S, b)
-                targets = F.one_hot(train_y[idx], classes).mT[:, :, None]  # (S, C, 1, b)
-                targets = targets.to(some)
+                targets = F.one_hot(train_y[idx], classes).mT[:, None].to(some)  # (S, 1, C, b)
                 factor = cosine(1.0, 0.0, step / total)
                 for key, stack in stacks.items():
                     x = turned[key].index_select(0, idx.flatten().to(turned[key].device))
@@ -804,10 +814,10 @@ def _gathered(x: Tensor, place: Place) -> Tensor:
     return torch.cat(parts)
 
 
-class _LARSHeads:
-    """All heads of one kind on one feature, (S, Q, C, D) weights, trained side by side by LARS.
+class _LARSHeads(_Stack):
+    """Heads that learn by LARS (You et al. 2017).
 
-    To LARS (You et al. 2017) each member of the grid is a layer of its own. Its gradient, decay
+    To it each member of the grid is a layer of its own. Its gradient, decay
     included, is scaled to TRUST times the norm of its weights before it enters the momentum:
 
         g <- (g + decay w) x TRUST |w| / (|g| + decay |w|)
@@ -825,19 +835,18 @@ class _LARSHeads:
         scale: float,
         device: torch.device,
     ):
-        rates, self.decays = torch.tensor(settings, device=device).T[:, :, None, None]  # (Q, 1, 1)
-        self.rates = scale * rates
         drawn = [
             torch.randn(num_classes, width, generator=generator_for(seed, "head")) for seed in seeds
         ]
-        first = HEAD_STD * torch.stack(drawn).to(device)  # (S, C, D), the same for all settings
-        self.weight = repeat(first, "s c d -> s q c d", q=len(settings)).clone()
-        self.bias = torch.zeros_like(self.weight[..., :1])  # (S, Q, C, 1)
-        self.weight_velocity = torch.zeros_like(self.weight)
-        self.bias_velocity = torch.zeros_like(self.bias)
+        super().__init__(HEAD_STD * torch.stack(drawn).to(device), settings)
+        self.rates = scale * self.rates
         self.norm = nn.Identity()
         if head == "bn":  # `momentum=None`: the running moments are those of all steps, averaged
             self.norm = nn.BatchNorm1d(width, BN_EPS, momentum=None, affine=False).to(device)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Normalised by the moments of all batches, where there is a batch norm."""
+        return self.norm.eval()(x.to(self.weight))
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, factor: float) -> None:
@@ -863,14 +872,6 @@ class _LARSHeads:
         ):
             velocity.mul_(MOMENTUM).add_(gradient)
             value.addcmul_(velocity, self.rates, value=-factor)
-
-    @torch.no_grad()
-    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
-        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
-        settings = slice(None) if only is None else slice(only, only + 1)
-        weight, bias = self.weight[:, settings], self.bias[:, settings]
-        rows = (self.norm.eval()(rows.to(weight)) for rows in x.split(chunk))  # (b, D) each
-        return torch.cat([(weight @ row.T + bias).argmax(2) for row in rows], dim=2)
 
     def folded(self, q: int) -> tuple[Tensor, Tensor]:
         """One setting as a map from features as they come to logits: (S, C, D) and (S, C)."""
@@ -1299,16 +1300,15 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
     the released code; Hugging Face folders of I-JEPA with safetensors, and the names of such models
     there; what `export` writes.
 
-    Memory is bounded by this one encoder: other networks and the optimizer's state stay on the
-    disk, and its own weights are read from there when they are used, so leave the file in its place
-    meanwhile. (What torch.save wrote before 2020 is read whole.)
+    Memory is bounded by this one encoder: the rest of a file stays on the disk, and its own weights
+    are read from there when they are used, so leave the file in its place meanwhile. (What
+    torch.save wrote before 2020 is read whole.)
 
     Args:
         source: a path, or a name such as facebook/ijepa_vith14_1k if there is no such path.
         which: "target", which the paper evaluates (Appendix A.1), or "context". A file with one
             encoder gives that one: see `which` and `note` of the result.
-        num_heads: only for files that lack it, the released ones, and only for widths that no
-            released model has.
+        num_heads: only for released files of widths that no released model has.
     Raises:
         UserError: there is no such file, or it cannot be read, with the reason in one line.
     """
@@ -1343,27 +1343,21 @@ def released_model(checkpoint, num_heads: int | None = None) -> IJEPA:
     """
     if not isinstance(checkpoint, Mapping):
         checkpoint = _load(Path(checkpoint), mmap=True)
-    encoder = _released(checkpoint, "encoder")
-    predictor = _released(checkpoint, "predictor")
-    target_encoder = _released(checkpoint, "target_encoder")
+    encoder, predictor, target_encoder = (
+        _released(checkpoint, part) for part in ("encoder", "predictor", "target_encoder")
+    )
     if "mask_token" not in predictor:
         raise ValueError("is no released I-JEPA checkpoint: it lacks the predictor's mask_token")
-    sizes = _released_sizes(encoder, num_heads)
-    config = _config(
-        sizes | {
-            "predictor_dim": predictor["mask_token"].shape[-1],
-            "predictor_depth": _layers(predictor, "predictor_blocks"),
-            "predictor_heads": sizes["num_heads"],
-        }
-    )  # fmt: skip
-    weights = {}
-    for part, tensors, table, dim in (
-        ("encoder", encoder, "pos_embed", config.embed_dim),
-        ("target_encoder", target_encoder, "pos_embed", config.embed_dim),
-        ("predictor", predictor, "predictor_pos_embed", config.predictor_dim),
-    ):
-        _check_positions(tensors.pop(table, None), dim, config)
-        weights |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    config = _released_sizes(encoder, num_heads)
+    config["predictor_dim"] = predictor["mask_token"].shape[-1]
+    config["predictor_depth"] = _layers(predictor, "predictor_blocks")
+    config = _config(config | {"predictor_heads": config["num_heads"]})
+    _check_positions(encoder.pop("pos_embed", None), config.embed_dim, config)
+    _check_positions(target_encoder.pop("pos_embed", None), config.embed_dim, config)
+    _check_positions(predictor.pop("predictor_pos_embed", None), config.predictor_dim, config)
+    weights = {f"encoder.{name}": x for name, x in encoder.items()}
+    weights |= {f"predictor.{name}": x for name, x in predictor.items()}
+    weights |= {f"target_encoder.{name}": x for name, x in target_encoder.items()}
     _on_meta(lambda: IJEPA(config), weights)
     model = IJEPA(config)
     model.load_state_dict(weights)
@@ -1417,8 +1411,7 @@ def _load(path: Path, mmap: bool):
 def _checked_archive(path: Path) -> list[str]:
     """What the pickle in a zip archive names, once the archive agrees with its checksums.
 
-    torch does not compare them, and loads whatever is there. All of the file is read, at a gigabyte
-    or more a second.
+    torch does not compare them. All of the file is read, at a gigabyte or more a second.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -1437,7 +1430,7 @@ def _old_names(path: Path) -> list[str]:
     with open(path, "rb") as file:
         for _ in range(5):
             names += _names(file)
-            if names and not all(map(PICKLED.fullmatch, names)):
+            if not all(map(PICKLED.fullmatch, names)):
                 break  # a pickle of something else need not have five parts
     return names
 
@@ -1456,14 +1449,14 @@ def _names(pickled: IO[bytes]) -> list[str]:
 
 
 def _need(found: Mapping, kinds: Mapping[str, type | UnionType]) -> None:
-    """Raise ValueError if an entry is missing or of another kind."""
+    """Refuse a file where an entry is missing or of another kind."""
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"lacks its {name}: it was not written as it should be, or altered")
 
 
 def _check_tensors(weights: object, part: str) -> None:
-    """Raise ValueError if this is no state dict of plain tensors, which the file does hold."""
+    """Refuse what is no state dict of plain tensors, which the file does hold."""
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"is no I-JEPA checkpoint: it has no weights called {part}")
     for name, x in weights.items():
@@ -1471,13 +1464,6 @@ def _check_tensors(weights: object, part: str) -> None:
         # A view can claim any size: of one number, repeated.
         if not plain or not x.is_floating_point() or x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"has no plain tensor of numbers for {name} in its {part}")
-
-
-def _released(checkpoint: object, part: str) -> dict[str, Tensor]:
-    """The state dict of one network of a released file, without `module.`."""
-    weights = checkpoint.get(part) if isinstance(checkpoint, Mapping) else None
-    _check_tensors(weights, part)
-    return {name.removeprefix("module."): x for name, x in weights.items()}
 
 
 def _layers(weights: Mapping[str, Tensor], blocks: str) -> int:
@@ -1507,20 +1493,19 @@ def _config(fields: Mapping) -> IJEPAConfig:
             f"has an architecture of another version, with {', '.join(unknown)}: use the version "
             "of this project that wrote it, or a newer one"
         )
-    for name, value in fields.items():
-        kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
-        values = value if name == "img_size" and isinstance(value, tuple) else (value,)
-        if not all(type(x) in kinds for x in values) or len(values) > 2:
-            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
-        if float in kinds and not 0 <= value < math.inf:
-            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
     try:
+        for name, value in fields.items():
+            kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
+            values = value if name == "img_size" and isinstance(value, tuple) else (value,)
+            right = len(values) <= 2 and all(type(x) in kinds for x in values)
+            if not right or (float in kinds and not 0 <= value < math.inf):
+                raise ValueError(f"{name} is {value!r}")
         config = IJEPAConfig(**fields)
         patches = math.prod(grid_of(config.img_size, config.patch_size))
+        if patches > MAX_PATCHES:
+            raise ValueError(f"{patches:,} patches an image")
     except (ValueError, IndexError) as error:
         raise ValueError(f"has an impossible architecture: {error}") from error
-    if patches > MAX_PATCHES:
-        raise ValueError(f"has an impossible architecture: {patches:,} patches an image")
     return config
 
 
@@ -1560,23 +1545,9 @@ def _positions_off(stored: Tensor | None, dim: int, config: IJEPAConfig) -> floa
 
 
 def _check_positions(stored: Tensor | None, dim: int, config: IJEPAConfig) -> None:
-    """Raise ValueError if positions (1, N, dim) are not what we compute for their grid."""
+    """Refuse positions (1, N, dim) other than those we compute for their grid."""
     if off := _positions_off(stored, dim, config):
         raise ValueError(f"has other positions than sine and cosine (off by {off:.2g}): not I-JEPA")
-
-
-def _only_its_own_grid(encoder: ViT) -> None:
-    """For positions that we did not compute: let an encoder refuse pictures of another size."""
-    grid, patch_size = encoder.grid, encoder.patch_size
-
-    def check(_, inputs: tuple[Tensor]) -> None:
-        if (found := grid_of(inputs[0].shape[-2:], patch_size)) != grid:
-            raise ValueError(
-                f"this encoder knows the positions of {grid[0]}x{grid[1]} patches alone, "
-                f"not of {found[0]}x{found[1]}"
-            )
-
-    encoder.patch_embed.register_forward_pre_hook(check)
 
 
 def _frozen(c: IJEPAConfig, weights: Mapping[str, Tensor]) -> ViT:
@@ -1603,6 +1574,15 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def _note(holds: str, wanted: str, why: str = "the only one in the file") -> str:
+    """What to say if another encoder was wanted."""
+    paper = "; the paper evaluates the target encoder" if holds == "context" else ""
+    return "" if holds == wanted else f"this is the {holds} encoder, {why}{paper}"
+
+
+# Of train.py, and of the released code.
+
+
 def _architecture(checkpoint: object) -> IJEPAConfig:
     """The architecture of a checkpoint of train.py, which its weights must have."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -1618,6 +1598,26 @@ def _architecture(checkpoint: object) -> IJEPAConfig:
             raise ValueError(f"has {found} {blocks}, where its architecture has {depth}")
     _on_meta(lambda: IJEPA(config), weights)
     return config
+
+
+def _released(checkpoint: object, part: str) -> dict[str, Tensor]:
+    """The state dict of one network of a released file, without `module.`."""
+    weights = checkpoint.get(part) if isinstance(checkpoint, Mapping) else None
+    _check_tensors(weights, part)
+    return {name.removeprefix("module."): x for name, x in weights.items()}
+
+
+def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
+    """The architecture of a released encoder, from its tensors and from what is known of them."""
+    sizes, positions = _sizes(weights), weights.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        raise ValueError("is no released I-JEPA checkpoint: it lacks the positions")
+    width = sizes["embed_dim"]
+    known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
+    if num_heads is None and width not in known:
+        raise ValueError(f"has width {width}, which does not tell its heads: give num_heads")
+    img_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+    return sizes | {"img_size": img_size, "num_heads": num_heads or known[width]}
 
 
 def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
@@ -1638,29 +1638,11 @@ def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
     weights = _released(checkpoint, NETWORKS[holds])
     config = _config(_released_sizes(weights, num_heads))
     _check_positions(weights.pop("pos_embed", None), config.embed_dim, config)
-    note = _note(holds, which)
-    return Loaded(_frozen(config, weights), "released", holds, _sha256([path]), note=note)
+    encoder, note = _frozen(config, weights), _note(holds, which)
+    return Loaded(encoder, "released", holds, _sha256([path]), note=note)
 
 
-def _note(holds: str, wanted: str, why: str = "the only one in the file") -> str:
-    """What to say if another encoder was wanted."""
-    paper = "; the paper evaluates the target encoder" if holds == "context" else ""
-    return "" if holds == wanted else f"this is the {holds} encoder, {why}{paper}"
-
-
-def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
-    """The architecture of a released encoder, from its tensors and from what is known of them."""
-    sizes, positions = _sizes(weights), weights.get("pos_embed")
-    if positions is None or positions.ndim != 3:
-        raise ValueError("is no released I-JEPA checkpoint: it lacks the positions")
-    sizes["img_size"] = math.isqrt(positions.shape[1]) * sizes["patch_size"]
-    known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
-    sizes["num_heads"] = num_heads or known.get(sizes["embed_dim"])
-    if sizes["num_heads"] is None:
-        width = sizes["embed_dim"]
-        raise ValueError(f"has width {width}, which does not tell its heads: give num_heads")
-    return sizes
-
+# Of transformers and of `export`.
 
 LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)"  # any of the names
 # transformers' names of a layer's parts: in its files, and in its modules since version 5.
@@ -1685,15 +1667,6 @@ OURS = {theirs: ours for ours, names in HF_LAYER.items() for theirs in names}
 OURS |= {theirs: ours for ours, theirs in HF_OTHERS.items()}
 
 
-def _our_name(name: str) -> str:
-    """transformers' name of a tensor in ours; one that it does not know stays as it is."""
-    name = name.removeprefix("ijepa.")  # inside of a classifier
-    if found := re.fullmatch(LAYER, name):
-        layer, part, kind = found.groups()
-        return f"blocks.{layer}.{OURS.get(part, part)}.{kind}"
-    return OURS.get(name, name)
-
-
 def _load_huggingface(path: Path, which: str) -> Loaded:
     """The encoder of a folder of transformers or of `export`, or of one .safetensors file in it."""
     folder = path if path.is_dir() else path.parent
@@ -1706,20 +1679,7 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         kind = f"{config.get('model_type')}, {config.get('hidden_act', 'gelu')}"
         raise ValueError(f"is no I-JEPA model of transformers (its config.json says {kind})")
     files = _shards(folder) if path.is_dir() else [path]
-    weights, metadata = {}, {}
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                metadata |= opened.metadata() or {}
-                for name in opened.keys():  # noqa: SIM118, it is no dict
-                    weights[_our_name(name)] = opened.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(
-            f"has weights in {file.name} that are truncated or damaged ({error}): copy it again"
-        ) from error
-    # Of no concern: what a classifier has on top.
-    weights = {n: x for n, x in weights.items() if not n.startswith(("classifier.", "pooler."))}
-    _check_tensors(weights, "safetensors")
+    weights, metadata = _safetensors(files)
 
     sizes = _sizes(weights)
     for name, found in (
@@ -1729,21 +1689,15 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         ("num_channels", sizes["in_chans"]),
         ("patch_size", sizes["patch_size"]),
     ):
-        if config.get(name) not in (found, [found, found]):
-            said = config.get(name)
+        said = config.get(name)
+        if said not in (found, [found, found]):
             raise ValueError(f"has {name} {said} in its config.json, but {found} in its weights")
-    img_size = config.get("image_size")
-    c = _config(
-        sizes
-        | {"img_size": tuple(img_size) if isinstance(img_size, list) else img_size}
-        | {"num_heads": config.get("num_attention_heads")}
-        | {"norm_eps": config.get("layer_norm_eps")}
-    )
+    size = config.get("image_size")
+    sizes["img_size"] = tuple(size) if isinstance(size, list) else size
+    sizes["num_heads"] = config.get("num_attention_heads")
+    c = _config(sizes | {"norm_eps": config.get("layer_norm_eps")})
     positions = weights.pop("pos_embed", None)  # (1, N, D)
     off = _positions_off(positions, c.embed_dim, c)
-    for layer in range(c.depth):
-        for kind in ("weight", "bias"):  # three linear maps there, one here
-            _join(weights, [f"blocks.{layer}.attn.{x}.{kind}" for x in ("q", "k", "v", "qkv")])
 
     # Only our own files say which encoder they hold; transformers' and timm's converters of the
     # released files take the context encoder.
@@ -1756,20 +1710,56 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
     encoder.pos_embed = positions[0].float()  # a parameter there, so it may have been trained
     if off:
         _only_its_own_grid(encoder)
-        size = f"{encoder.grid[0]}x{encoder.grid[1]} patches"
-        own = f"its positions are not sine and cosine, so only pictures of {size} fit"
+        grid = f"{encoder.grid[0]}x{encoder.grid[1]} patches"
+        own = f"its positions are not sine and cosine, so only pictures of {grid} fit"
         note = f"{note}; {own}" if note else own
     return Loaded(encoder, "huggingface", holds, _sha256(files), note=note)
 
 
-def _join(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Put the first three tensors together to the fourth, in place, if they are there."""
-    parts = [weights.pop(name) for name in names[:3] if name in weights]
-    if not parts:
-        return
-    if len(parts) < 3 or len({x.shape for x in parts}) > 1:
-        raise ValueError(f"lacks one of {', '.join(names[:3])}, or has them of different shapes")
-    weights[names[3]] = torch.cat(parts)
+def _safetensors(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of an encoder by our names, and what the files say of themselves."""
+    weights, metadata = {}, {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                metadata |= opened.metadata() or {}
+                for name in opened.keys():  # noqa: SIM118, it is no dict
+                    ours = name.removeprefix("ijepa.")  # inside of a classifier
+                    if found := re.fullmatch(LAYER, ours):
+                        layer, part, kind = found.groups()
+                        ours = f"blocks.{layer}.{OURS.get(part, part)}.{kind}"
+                    if not ours.startswith(("classifier.", "pooler.")):  # on top of the encoder
+                        weights[OURS.get(ours, ours)] = opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"has weights in {file.name} that are truncated or damaged ({error}): copy it again"
+        ) from error
+    _check_tensors(weights, "safetensors")
+    # Three linear maps there, one here.
+    for start in {name.rpartition(".attn.")[0] for name in weights if ".attn." in name}:
+        for kind in ("weight", "bias"):
+            names = [f"{start}.attn.{x}.{kind}" for x in "qkv"]
+            parts = [weights.pop(name) for name in names if name in weights]
+            if parts and (len(parts) < 3 or len({x.shape for x in parts}) > 1):
+                names = ", ".join(names)
+                raise ValueError(f"lacks one of {names}, or has them of different shapes")
+            if parts:
+                weights[f"{start}.attn.qkv.{kind}"] = torch.cat(parts)
+    return weights, metadata
+
+
+def _only_its_own_grid(encoder: ViT) -> None:
+    """For positions that we did not compute: let an encoder refuse pictures of another size."""
+    grid, patch_size = encoder.grid, encoder.patch_size
+
+    def check(_, inputs: tuple[Tensor]) -> None:
+        if (found := grid_of(inputs[0].shape[-2:], patch_size)) != grid:
+            raise ValueError(
+                f"this encoder knows the positions of {grid[0]}x{grid[1]} patches alone, "
+                f"not of {found[0]}x{found[1]}"
+            )
+
+    encoder.patch_embed.register_forward_pre_hook(check)
 
 
 def _read_json(path: Path) -> dict:
@@ -1813,15 +1803,15 @@ def _from_hub(name: str) -> Path:
     try:
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise UserError(f"{missing}, and no such public model on Hugging Face") from error
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{missing}, and Hugging Face cannot be reached: check the network, or give a folder"
-        ) from error
     except Exception as error:  # of its network library, which has changed before
+        errors = huggingface_hub.errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{missing}, and Hugging Face did not give it ({reason})") from error
+        why = f"Hugging Face did not give it ({reason})"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            why = "no such public model on Hugging Face"
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            why = "Hugging Face cannot be reached: check the network, or give a folder"
+        raise UserError(f"{missing}, and {why}") from error
 
 
 def export(encoder: ViT, folder: Path, which: str) -> None:
