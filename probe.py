@@ -14,6 +14,9 @@ layer or the last four; learning rate and weight decay are swept. Where the pape
 choice among them, it is made here on held-out training images: the test set is read once, by the
 winner. Raw pixels and the same encoder untrained stand beside it.
 
+The report (probe.json, and pictures) goes beside the run, into probe_<data>; features are kept in
+the folder features, and not computed twice.
+
 How to find one's way: `main` and `evaluate`, at the end, are the whole of an evaluation. Above:
 
     features          an image as one vector: the mean of its patches
@@ -29,9 +32,6 @@ How to find one's way: `main` and `evaluate`, at the end, are the whole of an ev
     features, kept    computed by all processes, once, and stored
     pictures          confusion matrix, neighbours, patches as colours
     command line      options, the three protocols, the report
-
-The report (probe.json, and pictures) goes beside the run, into probe_<data>; features are kept in
-the folder features, and not computed twice.
 
 Letters, in every shape comment of this file:
 
@@ -93,6 +93,7 @@ from data import (
     hold_out,
     load_data,
     main_first,
+    one_line,
     option,
     parse_options,
     placed,
@@ -373,6 +374,11 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of right answers: (n,) and (n,) -> [0, 1]."""
+    return (predicted.cpu() == labels.cpu()).double().mean().item()
+
+
 def linear_probe(
     train_x: Tensor | Mapping[str, Tensor],
     train_y: Tensor,
@@ -390,7 +396,6 @@ def linear_probe(
     batch_size: int = 1024,
     num_classes: int | None = None,
     device: torch.device | str | None = None,
-    chunk: int = 2048,
     progress: bool = True,
 ) -> LinearProbe:
     """Sweep linear classifiers over frozen features (Appendix A.2), the whole grid in one pass.
@@ -419,7 +424,6 @@ def linear_probe(
         batch_size: images a step; a little more or less, to divide an epoch evenly.
         num_classes: by default what the labels say.
         device: where to compute; by default where the features are.
-        chunk: images evaluated at a time; does not alter the answer.
         progress: show a bar, if it takes long and there is a terminal.
     Raises:
         ValueError: shapes, names or labels that do not fit, features that are not finite (how
@@ -456,7 +460,7 @@ def linear_probe(
         for head in heads:
             stacks[name, head] = _Heads(head, *moments, num_classes, settings, len(seeds))
     _train(stacks, train_x, train_y, seeds, epochs, min_steps, batch_size, progress)
-    return _choose(stacks, settings, val_x, val_y, test_x, test_y, chunk)
+    return _choose(stacks, settings, val_x, val_y, test_x, test_y)
 
 
 def _choose(
@@ -466,14 +470,13 @@ def _choose(
     val_y: Tensor,
     test_x: Mapping[str, Tensor] | None,
     test_y: Tensor | None,
-    chunk: int,
 ) -> LinearProbe:
     """Of trained heads by feature and kind: the best on validation images reads the test images."""
     grid, by_feature = [], {}
     for name in val_x:
         rows = []  # (row of the grid, the stack it is in, its place there)
         for stack, head in ((stack, head) for (of, head), stack in stacks.items() if of == name):
-            hits = stack.predict(val_x[name], chunk) == val_y.to(stack.weight.device)  # (S, Q, n)
+            hits = stack.predict(val_x[name]) == val_y.to(stack.weight.device)  # (S, Q, n)
             accuracy = hits.double().mean(2).T.tolist()  # (Q, S)
             for q, (setting, val) in enumerate(zip(settings, accuracy, strict=True)):
                 rows.append((GridRow(name, head, *setting, tuple(val)), stack, q))
@@ -481,7 +484,7 @@ def _choose(
         row, stack, q = max(rows, key=lambda r: mean_std(r[0].val)[0])  # the first of equals
         predictions, test = None, ()
         if test_x is not None:
-            predictions = stack.predict(test_x[name], chunk, only=q)[:, 0].cpu()  # (S, n_test)
+            predictions = stack.predict(test_x[name], only=q)[:, 0].cpu()  # (S, n_test)
             test = tuple((predictions == test_y.cpu()).double().mean(1).tolist())
         by_feature[name] = Choice(*row, test, predictions, *stack.folded(q))
     best = max(by_feature.values(), key=lambda choice: choice.val_mean)
@@ -520,11 +523,11 @@ class _Stack:
         raise NotImplementedError
 
     @torch.no_grad()
-    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
+    def predict(self, x: Tensor, only: int | None = None) -> Tensor:
         """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
         settings = slice(None) if only is None else slice(only, only + 1)
         weight, bias = self.weight[:, settings], self.bias[:, settings]
-        logits = (weight @ self.seen(rows).T + bias for rows in x.split(chunk))  # (S, Q, C, b)
+        logits = (weight @ self.seen(rows).T + bias for rows in x.split(CHUNK))  # (S, Q, C, b)
         return torch.cat([rows.argmax(2) for rows in logits], dim=2)
 
 
@@ -699,31 +702,29 @@ def augmented_probe(
     concatenation of the last `layers`; the heads are linear, and batch norm (without learned scale
     and shift) + linear. Seeds differ in the heads' initial weights: all see the same crops.
 
-    LARS copes less well with features that vary much in some directions and little in others than
-    `linear_probe` does. On the same stored features of vit_nano and shapes (one seed) it read 97 %
-    of `kind` and 57 % of `count`, where `linear_probe` reads 99 % and 62 %.
+    LARS copes less well than `linear_probe` with features that vary much in some directions and
+    little in others: on the same stored features of vit_nano and shapes (one seed) it read 57 % of
+    `count`, where `linear_probe` reads 62 %.
 
-    However a batch is divided among processes and micro-batches, the heads see it whole: the
-    features of all are gathered, and the heads, which cost little beside the encoder, are computed
-    by every process alike. Batch norm uses the moments of the batch to learn, and to predict the
-    average of all of them: the encoder is frozen, so the first are as good as the last.
+    However a batch is divided among processes and micro-batches, the heads see it whole: features
+    are gathered, and every process computes the heads alike. Batch norm uses the moments of the
+    batch to learn, and the average of all to predict: the encoder is frozen, so the first moments
+    are as good as the last.
 
     Args:
         encoder: the frozen network.
-        train, choose, report: to learn from; to choose the setting on, by the mean over seeds, as
-            `linear_probe` does; read once, by the best setting of each feature. The last two are
-            seen whole, without crops.
+        train, choose, report: to learn from; to choose the setting on, as `linear_probe` does;
+            read once. The last two are seen whole, without crops.
         place: where this process runs. All processes get the answer.
         num_classes: C.
         layers: how many layers make the second feature; with 1 there is only the first.
-        rates: for 256 pictures of ImageNet: at a batch of 16,384 they are 64 times these. On sets
-            of any size the batch of `augmented_batch` has these 64 times, others in proportion.
+        rates: for 256 pictures of ImageNet, so 64 times these at its batch of 16,384; the same at
+            the `augmented_batch` of any set, and at other batches in proportion.
         decays: penalty of decay / 2 times the squared weights.
         seeds: how many (0, 1, ...), or which.
         epochs: passes over the training pictures; the rate falls to a tenth after each 30 %.
         batch_size: pictures a step, over all processes; by default `augmented_batch`.
         crop_scale, flip: share of the picture in a random crop, and whether half are mirrored.
-            (1, 1) for tasks that cropping would make impossible: counting and distance.
         size: pixels a side, to which pictures in memory are enlarged once they are cropped.
         bf16: run the encoder in bfloat16; heads are float32 either way.
         workers: processes that decode the pictures of a folder.
@@ -779,7 +780,7 @@ def augmented_probe(
     choose_x, report_x = (
         {name: x[:, kind] for name, kind in kinds.items()} for x in (choose_x, report_x)
     )
-    return _choose(stacks, settings, choose_x, choose.labels, report_x, report.labels, CHUNK)
+    return _choose(stacks, settings, choose_x, choose.labels, report_x, report.labels)
 
 
 def micro_batches(batch_size: int, most: int, place: Place, unit: int = 1) -> int:
@@ -909,16 +910,13 @@ def fine_tune_recipe(embed_dim: int, low_shot: bool) -> FineTuneConfig:
     """What suits an encoder of this width: with few labels, or with all of them.
 
     From 1,024 on (ViT-L) the paper's: Appendix A.2 for few labels, Appendix D for all, which is
-    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent: smaller batches, since
-    the sets are smaller; a drop path of 0.1, as MAE has for ViT-B; and higher rates. Those come
-    from vit_nano on `kind` of shapes, without crops and RandAugment, at a batch of 64 (one seed):
-    1,000 labels and 25 epochs gave 81, 98 and 99 % of held-out pictures with a rate of 3e-4, 1e-3
-    and 3e-3, 6,000 labels and 6 epochs gave 99.3 and 99.7 % with the last two. For other widths
-    they are divided by the width, which is a guess, and meets the paper's from above.
+    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent. Batches are smaller,
+    since the sets are; a drop path of 0.1 is MAE's for ViT-B; rates are 0.3 / width, which suits
+    vit_nano (1,000 labels of `kind` of shapes, 25 epochs, one seed: 81, 98 and 99 % of held-out
+    pictures by 3e-4, 1e-3 and 3e-3) and meets the paper's from above; in between it is a guess.
 
     Crops and RandAugment suit photographs. Where classes are patterns of pixels, numbers or
-    distances they do harm: 98 % by 1e-3 fell to 93 % with RandAugment, and to 60 % in twice the
-    epochs with crops too.
+    distances they do harm: there 98 % fell to 93 % with RandAugment, and to 60 % with crops too.
     """
     if embed_dim < 1024:
         narrow = FineTuneConfig(lr=0.3 / embed_dim, batch_size=64)
@@ -968,11 +966,11 @@ def fine_tune(
     """Train a copy of the encoder and a linear head on the mean of its patches (Appendix A.2, D).
 
     Crops, flips, RandAugment and order depend on the seed and the step alone: neither workers nor
-    processes nor micro-batches alter the result by more than rounding. Drop path is an exception,
-    whose random numbers every process draws for its pictures.
+    processes nor micro-batches alter the result by more than rounding. Drop path does: each process
+    draws for its own pictures.
 
-    Differs from the paper in RandAugment, which is torchvision's with the same number and strength,
-    where MAE has that of timm: a few other operations, of a strength that varies a little.
+    Differs from the paper in RandAugment, which is torchvision's, where MAE has that of timm: a few
+    other operations, of a strength that varies a little.
 
     Args:
         encoder: where to start from. It is left as it is.
@@ -986,8 +984,6 @@ def fine_tune(
         size: pixels a side, to which pictures in memory are enlarged once they are augmented.
         bf16: autocast to bfloat16.
         workers: processes that crop and augment, and decode if need be.
-    Returns:
-        A `FineTuned`.
     Raises:
         UserError: the batch does not divide into the processes, pictures cannot be read, or the
             loss is not finite any more.
@@ -1020,9 +1016,8 @@ class _Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         blocks = self.encoder.blocks
-        for block, p in zip(
-            blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True
-        ):
+        rates = torch.linspace(0, drop_path, len(blocks)).tolist()
+        for block, p in zip(blocks, rates, strict=True):
 
             def skip(branch, _, output, p=p):  # of some pictures the branch is left out
                 return stochastic_depth(output, p, "row", branch.training)
@@ -1123,7 +1118,7 @@ def _fine_tune(
                     f"fine-tuning: the loss is {float(loss)} in epoch {epoch}: try a lower --lr"
                 )
             found = _predicted(network, choose, place, size, bf16, workers)
-            val = (found == choose.labels.cpu()).double().mean().item()
+            val = accuracy(found, choose.labels)
             epochs.append(Epoch(seed, epoch, float(loss), val))
             losses = []
             if bar is not None:
@@ -1192,6 +1187,87 @@ def _predicted(
     return whole.cpu()
 
 
+# -------------------------------------------------------------------------------------- low-shot
+
+
+def low_shot_sample(
+    labels: Tensor,
+    names: Sequence[str],
+    fraction: float | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Some pictures of each class: (n,) labels -> sorted places (n_sample,), stratified.
+
+    Args:
+        names: of the classes.
+        fraction: the share of each class, rounded, or `per_class`: their number; one of the two.
+        seed: which sample.
+    Raises:
+        UserError: a class would be absent, or has fewer pictures than are wanted.
+    """
+    order = torch.randperm(len(labels), generator=generator_for("low-shot", seed))
+    chosen = []
+    for label, name in enumerate(names):
+        places = order[labels[order] == label]
+        wanted = round(fraction * len(places)) if per_class is None else per_class
+        if wanted < 1:
+            raise UserError(
+                f"--fraction {fraction:g} leaves none of the {len(places)} pictures of class "
+                f"{name!r}: raise it, or use --per-class"
+            )
+        if wanted > len(places):
+            raise UserError(f"--per-class {wanted}: class {name!r} has only {len(places)} pictures")
+        chosen.append(places[:wanted])
+    return torch.cat(chosen).sort().values
+
+
+def low_shot_probe(
+    train_x: Mapping[str, Tensor],
+    train_y: Tensor,
+    report_x: Mapping[str, Tensor],
+    report_y: Tensor,
+    num_classes: int,
+    device: torch.device,
+) -> tuple[float, dict]:
+    """A linear probe that sees no other labels than these few, not even to choose its settings.
+
+    They are chosen by cross-validation within the sample, in five stratified parts, or fewer if a
+    class has fewer pictures; of equals, the strongest decay. One head then learns from all of it.
+    With one picture of some class there is nothing to choose on: the setting is then the last
+    layer, linear, with the strongest decay but one.
+
+    Returns:
+        The accuracy in [0, 1], and the setting.
+    """
+    counts = train_y.bincount(minlength=num_classes)
+    folds = min(5, int(counts[counts > 0].min()))
+    rank = torch.empty_like(train_y)  # the number of a picture among those of its class
+    for label in range(num_classes):
+        rank[train_y == label] = torch.arange(int(counts[label]))
+    more = {"num_classes": num_classes, "device": device, "progress": False}
+    scores: dict[tuple, float] = {}
+    for fold in range(folds) if folds > 1 else ():
+        held = rank % folds == fold
+        probe = linear_probe(
+            {name: x[~held] for name, x in train_x.items()}, train_y[~held],
+            {name: x[held] for name, x in train_x.items()}, train_y[held], seeds=1, **more,
+        )  # fmt: skip
+        for row in probe.grid:
+            scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
+    setting = (next(iter(train_x)), "linear", RATES[0], DECAYS[-2])
+    if scores:
+        setting = max(scores, key=lambda s: (scores[s], s[3]))  # few pictures, many equals
+    feature, head, rate, decay = setting
+    x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
+    probe = linear_probe(
+        x, train_y, x, train_y, report, report_y,
+        heads=(head,), rates=(rate,), decays=(decay,), seeds=1, **more,
+    )  # fmt: skip
+    chosen = {"feature": feature, "head": head, "rate": rate, "decay": decay}
+    return probe.best.test[0], chosen
+
+
 # --------------------------------------------------------------------------- health and mistakes
 
 
@@ -1217,7 +1293,7 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
     if len(features) < features.shape[1]:
         features = features.T  # the same singular values
     # Added up in parts, so that the double precision copy stays small.
-    parts = (rows.double() for rows in features.split(16384))
+    parts = (rows.double() for rows in features.split(ROWS))
     gram = sum(rows.T @ rows for rows in parts)  # (D, D)
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = sigma / sigma.sum().clamp_min(torch.finfo(torch.float64).tiny) + eps
@@ -1397,8 +1473,8 @@ def _load(path: Path, mmap: bool):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Exception as error:  # unpicklers raise almost anything on damaged files
         # What torch says of pickles that it does not know is advice to trust them.
-        known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile) and str(error)
-        reason = str(error).splitlines()[0].split(". ")[0] if known else type(error).__name__
+        known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile)
+        reason = one_line(error).split(". ")[0] if known else type(error).__name__
         raise ValueError(
             f"is no checkpoint, or is truncated or damaged ({reason}): copy it again"
         ) from error
@@ -1805,8 +1881,7 @@ def _from_hub(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of its network library, which has changed before
         errors = huggingface_hub.errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        why = f"Hugging Face did not give it ({reason})"
+        why = f"Hugging Face did not give it ({one_line(error)})"
         if isinstance(error, errors.RepositoryNotFoundError):
             why = "no such public model on Hugging Face"
         if isinstance(error, errors.LocalEntryNotFoundError):
@@ -1866,23 +1941,25 @@ def export(encoder: ViT, folder: Path, which: str) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "encoder": which}
-    for name, tensors in (("model.safetensors", theirs), ("timm.safetensors", weights)):
-        with whole_file(folder / name) as temporary:
-            try:
-                save_file(tensors, temporary, metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+    _save_tensors(folder / "model.safetensors", theirs, metadata)
+    _save_tensors(folder / "timm.safetensors", weights, metadata)
     # timm rounds the product down, so the quotient itself may give one less.
     ratios = (hidden / encoder.embed_dim, (hidden + 0.5) / encoder.embed_dim)
     ratio = next(r for r in ratios if int(encoder.embed_dim * r) == hidden)
-    readme = EXPORT_README.format(
-        **config, which=which, size=size, mlp_ratio=ratio, mean=MEAN, std=STD
-    )
-    for name, text in (
-        ("README.md", readme), ("config.json", json.dumps(config, indent=2) + "\n")
-    ):  # fmt: skip
-        with whole_file(folder / name) as temporary:
-            temporary.write_text(text)
+    values = config | {"which": which, "size": size, "mlp_ratio": ratio, "mean": MEAN, "std": STD}
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(EXPORT_README.format(**values))
+    with whole_file(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Write a .safetensors file; UserError if that fails."""
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # which is no OSError, on a full disk neither
+            raise OSError(str(error)) from error
 
 
 EXPORT_README = """\
@@ -1969,24 +2046,21 @@ def compare(
         for name, parts in features.items()
     }
     for task, (train_y, choose_y, report_y) in labels.items():
-        chance = report_y.bincount().max().item() / len(report_y)
         for name, (train_x, _, report_x) in features.items():
             prediction = knn(train_x, train_y, report_x, k=k)
             train_x, choose_x, report_x = narrowed[name]
-            probe = linear_probe(
+            best = linear_probe(
                 train_x, train_y, choose_x, choose_y, report_x, report_y,
                 heads=("bn",), rates=(0.1, 0.3, 1.0), decays=(5e-4,), epochs=10, min_steps=300,
-            )  # fmt: skip
-            rows.append(
-                {
-                    "features": name,
-                    "task": task,
-                    "knn": 100 * (prediction.weighted == report_y).double().mean().item(),
-                    "linear": 100 * probe.best.test_mean,
-                    "linear_std": 100 * probe.best.test_std,
-                    "chance": 100 * chance,
-                }
-            )
+            ).best  # fmt: skip
+            figures = {
+                "knn": accuracy(prediction.weighted, report_y),
+                "linear": best.test_mean,
+                "linear_std": best.test_std,
+                "chance": report_y.bincount().max().item() / len(report_y),
+            }
+            percent = {measured: 100 * value for measured, value in figures.items()}
+            rows.append({"features": name, "task": task} | percent)
     return rows
 
 
@@ -2161,8 +2235,7 @@ def kept(path: Path | None, compute: Callable[[], Tensor], place: Place) -> Tens
     if path is not None and place.main:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            save_file({"features": computed}, temporary)
+        _save_tensors(path, {"features": computed})
     return computed
 
 
@@ -2176,87 +2249,6 @@ def untrained(encoder: ViT, init_std: float = 0.02, seed: int = 0) -> ViT:
         if isinstance(module, torch.nn.LayerNorm):
             module.reset_parameters()
     return fresh
-
-
-# -------------------------------------------------------------------------------------- low-shot
-
-
-def low_shot_sample(
-    labels: Tensor,
-    names: Sequence[str],
-    fraction: float | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Some pictures of each class: (n,) labels -> sorted places (n_sample,), stratified.
-
-    Args:
-        names: of the classes.
-        fraction: the share of each class, rounded, or `per_class`: their number; one of the two.
-        seed: which sample.
-    Raises:
-        UserError: a class would be absent, or has fewer pictures than are wanted.
-    """
-    order = torch.randperm(len(labels), generator=generator_for("low-shot", seed))
-    chosen = []
-    for label, name in enumerate(names):
-        places = order[labels[order] == label]
-        wanted = round(fraction * len(places)) if per_class is None else per_class
-        if wanted < 1:
-            raise UserError(
-                f"--fraction {fraction:g} leaves none of the {len(places)} pictures of class "
-                f"{name!r}: raise it, or use --per-class"
-            )
-        if wanted > len(places):
-            raise UserError(f"--per-class {wanted}: class {name!r} has only {len(places)} pictures")
-        chosen.append(places[:wanted])
-    return torch.cat(chosen).sort().values
-
-
-def low_shot_probe(
-    train_x: Mapping[str, Tensor],
-    train_y: Tensor,
-    report_x: Mapping[str, Tensor],
-    report_y: Tensor,
-    num_classes: int,
-    device: torch.device,
-) -> tuple[float, dict]:
-    """A linear probe that sees no other labels than these few, not even to choose its settings.
-
-    They are chosen by cross-validation within the sample, in five stratified parts, or fewer if a
-    class has fewer pictures; of equals, the strongest decay. One head then learns from all of it.
-    With one picture of some class there is nothing to choose on: the setting is then the last
-    layer, linear, with the strongest decay but one.
-
-    Returns:
-        The accuracy in [0, 1], and the setting.
-    """
-    counts = train_y.bincount(minlength=num_classes)
-    folds = min(5, int(counts[counts > 0].min()))
-    rank = torch.empty_like(train_y)  # the number of a picture among those of its class
-    for label in range(num_classes):
-        rank[train_y == label] = torch.arange(int(counts[label]))
-    more = {"num_classes": num_classes, "device": device, "progress": False}
-    scores: dict[tuple, float] = {}
-    for fold in range(folds) if folds > 1 else ():
-        held = rank % folds == fold
-        probe = linear_probe(
-            {name: x[~held] for name, x in train_x.items()}, train_y[~held],
-            {name: x[held] for name, x in train_x.items()}, train_y[held], seeds=1, **more,
-        )  # fmt: skip
-        for row in probe.grid:
-            scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
-    setting = (next(iter(train_x)), "linear", RATES[0], DECAYS[-2])
-    if scores:
-        setting = max(scores, key=lambda s: (scores[s], s[3]))  # few pictures, many equals
-    feature, head, rate, decay = setting
-    x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
-    probe = linear_probe(
-        x, train_y, x, train_y, report, report_y,
-        heads=(head,), rates=(rate,), decays=(decay,), seeds=1, **more,
-    )  # fmt: skip
-    chosen = {"feature": feature, "head": head, "rate": rate, "decay": decay}
-    return probe.best.test[0], chosen
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -2334,7 +2326,7 @@ def draw_neighbours(
             axis.set_title(name, fontsize=11, color=colour)
             for side in axis.spines.values():
                 side.set(color=colour, linewidth=2 if j else 0)
-    share = 100 * (predicted == report_y).double().mean().item()
+    share = 100 * accuracy(predicted, report_y)
     figure.suptitle(
         f"first column: pictures reported on; then their nearest training pictures, "
         f"(in parentheses) of another class\n{neighbours.shape[1]}-NN accuracy {share:.1f} %",
@@ -2437,7 +2429,7 @@ class ProbeConfig:
 
 def configure(argv: list[str] | None = None) -> ProbeConfig:
     """The command line, checked."""
-    config, given = parse_options(ProbeConfig, __doc__, argv)
+    config, given = parse_options(ProbeConfig, __doc__.partition("\nHow to find")[0], argv)
     if config.checkpoint is None:
         raise UserError(
             "which encoder? Give a checkpoint: python probe.py runs/NAME --data cifar10"
@@ -2483,6 +2475,9 @@ class Setup:
 
     layers = property(lambda self: min(self.config.layers, len(self.loaded.encoder.blocks)))
     trained = property(lambda self: f"{self.loaded.which} encoder")
+    hardware = property(
+        lambda self: torch.cuda.get_device_name() if self.place.device.type == "cuda" else "CPU"
+    )
 
     @property
     def encoders(self) -> dict[str, ViT | None]:
@@ -2558,13 +2553,12 @@ def describe(setup: Setup) -> str:
         "augment": "linear probe on random crops",
         "finetune": "fine-tuning",
     }[config.protocol]
-    where = torch.cuda.get_device_name() if setup.place.device.type == "cuda" else "CPU"
     precision = "bfloat16 autocast" if setup.bf16 else "float32"
     lines = [
         f"encoder  {config.checkpoint}: {loaded.which}, {size:.2f} M parameters{step}",
         f"pictures {learn}, {len(sets.report)} to report on ({sets.reported}), {setup.size} pixels",
         f"protocol {how}",
-        f"device   {where} x {setup.place.world_size}, {precision}",
+        f"device   {setup.hardware} x {setup.place.world_size}, {precision}",
     ]
     return "\n".join(lines + ([f"note     {loaded.note}"] if loaded.note else []))
 
@@ -2633,11 +2627,6 @@ def weights_hash(network: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of right answers: (n,) and (n,) -> [0, 1]."""
-    return (predicted.cpu() == labels.cpu()).double().mean().item()
 
 
 def probe_frozen(setup: Setup) -> Found:
@@ -2728,58 +2717,52 @@ def examples(setup: Setup, task: str, learn: Tensor) -> tuple[Examples, Examples
     return learned, chosen, Examples(sets.test, sets.report, report_y)
 
 
-def probe_augmented(setup: Setup) -> Found:
-    """The sweep of linear heads on random crops, by all processes; raw pixels are not cropped."""
-    config, crops = setup.config, {}
-    if setup.name in WHOLE_PICTURES:
-        crops["crop_scale"] = (1.0, 1.0)
-    rows, predictions = [], None
+def probe_trained(setup: Setup, measure: Callable) -> Found:
+    """A protocol that runs pictures through the encoders; raw pixels have no part in it.
+
+    measure: (setup, encoder, task) -> figures, settings, and predictions (n_report,) of one head.
+    """
+    rows, predictions = [], []
     for name, encoder in setup.encoders.items():
         if encoder is None:
             continue
-        for task, names in setup.tasks.items():
+        for task in setup.tasks:
             try:
-                best = augmented_probe(
-                    encoder, *examples(setup, task, setup.sets.fit), setup.place,
-                    num_classes=len(names), layers=setup.layers, seeds=config.seeds or 3,
-                    epochs=config.epochs or 50, batch_size=config.batch_size, size=setup.size,
-                    bf16=setup.bf16, workers=setup.workers, **crops,
-                ).best  # fmt: skip
+                figures, chosen, predicted = measure(setup, encoder, task)
             except ValueError as error:  # features that are not finite
                 raise UserError(f"{name}: {error}") from error
-            figures = {"linear probe, crops": list(best.test)}
-            rows.append(report_row(setup, name, task, figures, [setting_of(best)]))
-            if name == setup.trained and predictions is None:
-                predictions = best.predictions[0]
-    return Found(rows, predictions=predictions)
+            rows.append(report_row(setup, name, task, figures, chosen))
+            if name == setup.trained:
+                predictions.append(predicted)
+    return Found(rows, predictions=predictions[0])
 
 
-def probe_fine_tuned(setup: Setup) -> Found:
-    """The whole network trained, from the encoder's weights and from untrained ones.
+def augmented(setup: Setup, encoder: ViT, task: str) -> tuple:
+    """The sweep of linear heads on random crops."""
+    crops = {"crop_scale": (1.0, 1.0)} if setup.name in WHOLE_PICTURES else {}
+    best = augmented_probe(
+        encoder, *examples(setup, task, setup.sets.fit), setup.place,
+        num_classes=len(setup.tasks[task]), layers=setup.layers, seeds=setup.config.seeds or 3,
+        epochs=setup.config.epochs or 50, batch_size=setup.config.batch_size, size=setup.size,
+        bf16=setup.bf16, workers=setup.workers, **crops,
+    ).best  # fmt: skip
+    return {"linear probe, crops": list(best.test)}, [setting_of(best)], best.predictions[0]
 
-    With few labels once for each sample, otherwise once for each seed.
-    """
-    config, recipe = setup.config, fine_tuning(setup)
-    rows, predictions = [], None
-    for name, encoder in setup.encoders.items():
-        if encoder is None:
-            continue
-        for task, names in setup.tasks.items():
-            samples = setup.samples[task] if config.low_shot else [setup.sets.fit]
-            scores, last = [], None
-            for number, places in enumerate(samples):
-                seeds = [number] if config.low_shot else config.seeds or 1
-                last = fine_tune(
-                    encoder, *examples(setup, task, places), setup.place, recipe,
-                    num_classes=len(names), seeds=seeds, size=setup.size, bf16=setup.bf16,
-                    workers=setup.workers,
-                )  # fmt: skip
-                scores += last.test
-            setting = {"fine-tuning": dataclasses.asdict(recipe)}
-            rows.append(report_row(setup, name, task, {"fine-tuned": scores}, [setting]))
-            if name == setup.trained and predictions is None:
-                predictions = last.predictions[0]
-    return Found(rows, predictions=predictions)
+
+def fine_tuned(setup: Setup, encoder: ViT, task: str) -> tuple:
+    """The whole network trained: with few labels once for each sample, else for each seed."""
+    config, recipe, scores = setup.config, fine_tuning(setup), []
+    samples = setup.samples[task] if config.low_shot else [setup.sets.fit]
+    for number, places in enumerate(samples):
+        tuned = fine_tune(
+            encoder, *examples(setup, task, places), setup.place, recipe,
+            num_classes=len(setup.tasks[task]),
+            seeds=[number] if config.low_shot else config.seeds or 1,
+            size=setup.size, bf16=setup.bf16, workers=setup.workers,
+        )  # fmt: skip
+        scores += tuned.test
+    setting = {"fine-tuning": dataclasses.asdict(recipe)}
+    return {"fine-tuned": scores}, [setting], tuned.predictions[0]
 
 
 def fine_tuning(setup: Setup) -> FineTuneConfig:
@@ -2839,23 +2822,17 @@ def main() -> None:
 def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
     """Features, classifiers, the table and the pictures."""
     begin = time.perf_counter()
-    home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
-    if loaded.kind == "ijepa":  # beside the run
-        home = Path(config.checkpoint)
-        home = home if home.is_dir() else home.parent
-    variant = [Path(data_name(config, loaded)).name, config.protocol, loaded.which]
-    few = config.fraction if config.per_class is None else f"{config.per_class}_a_class"
-    variant = [str(x) for x in (*variant, few) if x not in ("frozen", "target", None)]
-    out = Path(config.out) if config.out else home / "_".join(["probe", *variant])
+    out, cache = folders(config, loaded)
     if place.main:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-
-    setup = set_up(config, loaded, place, home / "features")
-    protocol = {"frozen": probe_frozen, "augment": probe_augmented, "finetune": probe_fine_tuned}
+    setup = set_up(config, loaded, place, cache)
     if place.main:
         tqdm.write(describe(setup))
-    found = protocol[config.protocol](setup)
+    if config.protocol == "frozen":
+        found = probe_frozen(setup)
+    else:
+        found = probe_trained(setup, fine_tuned if config.finetune else augmented)
     if not place.main:
         return
     table = format_report(found.rows)
@@ -2866,6 +2843,19 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
     with whole_file(out / "probe.json") as temporary:
         temporary.write_text(json.dumps(account(setup, found, seconds), indent=1) + "\n")
     tqdm.write(f"\nreport and pictures: {out} ({seconds:.0f} s)")
+
+
+def folders(config: ProbeConfig, loaded: Loaded) -> tuple[Path, Path]:
+    """Where the report goes, and where features are kept."""
+    home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
+    if loaded.kind == "ijepa":  # beside the run
+        home = Path(config.checkpoint)
+        home = home if home.is_dir() else home.parent
+    few = config.fraction if config.per_class is None else f"{config.per_class}_a_class"
+    variant = (Path(data_name(config, loaded)).name, config.protocol, loaded.which, few)
+    variant = [str(x) for x in variant if x not in ("frozen", "target", None)]
+    out = Path(config.out) if config.out else home / "_".join(["probe", *variant])
+    return out, home / "features"
 
 
 def draw_found(setup: Setup, found: Found, out: Path) -> None:
@@ -2884,31 +2874,21 @@ def draw_found(setup: Setup, found: Found, out: Path) -> None:
 
 def account(setup: Setup, found: Found, seconds: float) -> dict:
     """Everything that is needed to repeat the evaluation, and what came of it."""
-    config, loaded, sets, device = setup.config, setup.loaded, setup.sets, setup.place.device
+    config, loaded, sets = setup.config, setup.loaded, setup.sets
+    checkpoint = {"path": config.checkpoint, "encoder": loaded.which}
+    for name in ("kind", "sha256", "note", "step", "config"):
+        checkpoint[name] = getattr(loaded, name)
+    pictures = {"name": setup.name, "size": setup.size, "reported": sets.reported}
+    pictures |= {part: len(getattr(sets, part)) for part in ("fit", "choose", "report")}
+    pictures["fingerprints"] = [fingerprint(sets.train), fingerprint(sets.test)]
     return {
         "command": shlex.join(["python", "probe.py", *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "checkpoint": {
-            "path": config.checkpoint,
-            "kind": loaded.kind,
-            "sha256": loaded.sha256,
-            "encoder": loaded.which,
-            "note": loaded.note,
-            "step": loaded.step,
-            "config": loaded.config,
-        },
-        "pictures": {
-            "name": setup.name,
-            "fingerprints": [fingerprint(sets.train), fingerprint(sets.test)],
-            "fit": len(sets.fit),
-            "choose": len(sets.choose),
-            "report": len(sets.report),
-            "reported": sets.reported,
-            "size": setup.size,
-        },
+        "checkpoint": checkpoint,
+        "pictures": pictures,
         "options": dataclasses.asdict(config),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": setup.hardware,
         "processes": setup.place.world_size,
         "bf16": setup.bf16,
         "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},

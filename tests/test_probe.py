@@ -333,11 +333,13 @@ def test_seeds_repeat_and_differ():
     assert len(first.val) == len(first.test) == 3
 
 
-def test_evaluation_does_not_depend_on_the_chunk():
+def test_evaluation_does_not_depend_on_the_chunk(monkeypatch):
     data = thirds(*blobs(900, 12, 4, distance=0.3))
-    whole, parts = (
-        probe.linear_probe(*data, rates=[0.1], min_steps=50, chunk=chunk) for chunk in (7, 10_000)
-    )
+    found = []
+    for chunk in (7, 10_000):
+        monkeypatch.setattr(probe, "CHUNK", chunk)
+        found.append(probe.linear_probe(*data, rates=[0.1], min_steps=50))
+    parts, whole = found
     assert whole.grid == parts.grid
     assert whole.best.test == parts.best.test
 
