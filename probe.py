@@ -172,7 +172,7 @@ def pooled_features(
 @torch.inference_mode()
 def pooled(encoder: ViT, images: Tensor, layers: int, bf16: bool) -> Tensor:
     """Of one batch, on its device: (b, C, H p, W p) -> (b, layers * D) float32."""
-    with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         outputs = encoder.last_layers(images, layers)  # layers x (b, N, D)
     return torch.cat([x.float().mean(1) for x in outputs], dim=1)
 
@@ -400,9 +400,9 @@ def linear_probe(
 ) -> LinearProbe:
     """Sweep linear classifiers over frozen features (Appendix A.2), the whole grid in one pass.
 
-    Every member of the grid (feature x head x rate x decay x seed) sees the training set as if it
-    were alone, but all are trained at once: one product of matrices serves all settings of a head.
-    The problem is convex and starts from zero: seeds differ in the order of the images alone.
+    All members of the grid (feature x head x rate x decay x seed) are trained at once, and none
+    touches another: one product of matrices serves all settings of a head. The problem is convex
+    and starts from zero: seeds differ in the order of the images alone.
 
     Differs from the paper in the optimizer, see `_Heads`, and in that batch norm takes mean and
     variance from the whole training set, which on stored features costs nothing.
@@ -415,9 +415,9 @@ def linear_probe(
             first in the order features, heads, rates, decays.
         test_x, test_y: read once, by the best setting of each feature.
         heads: "linear" and "bn" (batch norm without learned scale and shift, then linear).
-        rates, decays: what to try. The rate falls along a cosine. A decay is a penalty of
-            decay / 2 times the squared weights beside the mean cross entropy: 1 / (n C) in the
-            terms of scikit-learn. Both are relative to the features' scale.
+        rates, decays: what to try, relative to the features' scale. The rate falls along a cosine.
+            A decay is a penalty of decay / 2 times the squared weights beside the mean cross
+            entropy: 1 / (n C) in the terms of scikit-learn.
         seeds: how many (0, 1, ...), or which.
         epochs, min_steps: at least so many passes and so many steps, so that a small set is
             learned too.
@@ -534,15 +534,14 @@ class _Stack:
 class _Heads(_Stack):
     """Heads that start from zero and learn by SGD along the features' principal axes.
 
-    A sweep of plain SGD measures how well SGD copes with the features as much as what is in them:
-    they vary a million times more in some directions than in others, most of all those of an
-    untrained encoder. (Its `vit_tiny` on 20,000 CIFAR-10 images, JPEG copy: 37 % by the best of
-    SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So the features are turned to
-    their principal axes, where the loss is curved by about the variance along each axis, and each
-    axis gets its own rate: rate / (variance + decay). To turn, to take out the mean and to divide
-    all features by *one* number alters neither what a linear head can say nor, the bias being
-    free, which weights are best; only how soon they are found, and that rates and decays mean the
-    same for every encoder.
+    Features vary a million times more in some directions than in others, and a sweep of plain SGD
+    measures how well it copes with that. (An untrained vit_tiny, 20,000 CIFAR-10 images: 37 % by
+    the best of SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So features are
+    turned to their principal axes, where the loss is curved by about the variance along each axis,
+    and each axis gets its own rate: rate / (variance + decay). To turn them, to take out the mean
+    and to divide all by *one* number alters neither what a linear head can say nor which weights
+    are best; only how soon they are found, and that rates and decays mean the same for every
+    encoder.
 
     Batch norm divides each dimension by its own standard deviation instead. That is another
     model: the decay then weighs on weak and strong dimensions alike.
@@ -974,16 +973,11 @@ def fine_tune(
 
     Args:
         encoder: where to start from. It is left as it is.
-        train: to learn from.
-        choose: to show progress on, after each epoch. Nothing is chosen.
-        report: read once for each seed, at the end.
-        place: where this process runs. All processes get the answer.
+        train, choose, report: to learn from; to show progress on, nothing is chosen; read once for
+            each seed, at the end.
         config: see `fine_tune_recipe`.
-        num_classes: C.
         seeds: how many (0, 1, ...), or which; of everything random. The head starts from zero.
-        size: pixels a side, to which pictures in memory are enlarged once they are augmented.
-        bf16: autocast to bfloat16.
-        workers: processes that crop and augment, and decode if need be.
+        The others are those of `augmented_probe`.
     Raises:
         UserError: the batch does not divide into the processes, pictures cannot be read, or the
             loss is not finite any more.
@@ -1085,10 +1079,12 @@ def _fine_tune(
         )
     label_of = _label_table(train, device)
     batches = train_batches(train.data, plan, range(total), device, workers)
-    bar = progress(range(total), f"fine-tuning, seed {seed}", " steps") if place.main else None
+    steps = range(total)
+    if place.main:
+        steps = progress(steps, f"fine-tuning, seed {seed}", " steps")
     epochs: list[Epoch] = []
     losses: list[Tensor] = []  # of this epoch, on the device
-    for step in range(total) if bar is None else bar:
+    for step in steps:
         lr = learning_rate(step, total, warmup, 0.0, config.lr, config.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -1121,9 +1117,9 @@ def _fine_tune(
             val = accuracy(found, choose.labels)
             epochs.append(Epoch(seed, epoch, float(loss), val))
             losses = []
-            if bar is not None:
+            if place.main:
                 said = f"loss {loss:.3f}, {100 * val:.1f} % of held-out pictures"
-                bar.set_postfix_str(said, refresh=False)
+                steps.set_postfix_str(said, refresh=False)
     return epochs
 
 
@@ -1280,8 +1276,8 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
     fill all directions alike. A fall while training is a collapse under way. Comparable for the
     same number of images; 25,600 are the paper's.
 
-    Singular values are roots of the eigenvalues of the smaller Gram matrix, in double precision:
-    exact to 1e-8 of the largest one, less than `eps`, and many times faster than an SVD.
+    Singular values are taken from the smaller Gram matrix, in double precision: exact to 1e-8 of
+    the largest one, less than `eps`, and many times faster than an SVD.
 
     Args:
         features: (n, D).
@@ -1292,7 +1288,6 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
     _check("rankme", features)
     if len(features) < features.shape[1]:
         features = features.T  # the same singular values
-    # Added up in parts, so that the double precision copy stays small.
     parts = (rows.double() for rows in features.split(ROWS))
     gram = sum(rows.T @ rows for rows in parts)  # (D, D)
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
@@ -2246,7 +2241,7 @@ def untrained(encoder: ViT, init_std: float = 0.02, seed: int = 0) -> ViT:
         torch.manual_seed(seed)
         init_weights(fresh, fresh.blocks, init_std)
     for module in fresh.modules():
-        if isinstance(module, torch.nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     return fresh
 
@@ -2275,9 +2270,8 @@ def draw_confusion(path: Path, matrix: Tensor, names: Sequence[str], title: str)
     share, names = share[shown][:, shown], [names[int(i)] for i in shown]
     side = 3 + 0.55 * len(names)
     figure, axis = plt_subplots(figsize=(side, side * 0.92), layout="constrained")
-    axis.imshow(
-        share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10
-    )  # roots: small shares are seen too
+    # Roots, so that small shares are seen too.
+    axis.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10)
     for i, row in enumerate(share.tolist()):
         for j, value in enumerate(row):
             if value >= 0.5:
@@ -2452,8 +2446,11 @@ def configure(argv: list[str] | None = None) -> ProbeConfig:
     for name in ("per_class", "images", "k", "layers", "seeds", "epochs", "batch_size", "img_size"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    if config.workers is not None and config.workers < 0:
-        raise UserError(f"--workers is {config.workers}: it must be at least 0")
+    if config.lr is not None and not config.lr > 0:
+        raise UserError(f"--lr is {config.lr:g}: it must be positive")
+    for name in ("workers", "weight_decay"):
+        if (value := getattr(config, name)) is not None and not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
     return config
 
 
@@ -2505,20 +2502,22 @@ def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Se
         if config.task not in tasks:
             raise UserError(f"{name} has no task {config.task!r}: choose from {', '.join(tasks)}")
         tasks = {config.task: tasks[config.task]}
-    samples = {task: [torch.arange(len(sets.bank))] for task in tasks}
+    samples = {}
     for task, names in tasks.items():
         bank_y, report_y = sets.labels(task)
         fit_y = bank_y[sets.fit]
+        samples[task], learned = [torch.arange(len(sets.bank))], [sets.fit]
         if config.low_shot:
-            samples[task] = [
+            samples[task] = learned = [
                 sets.fit[low_shot_sample(fit_y, names, config.fraction, config.per_class, seed)]
                 for seed in range(config.seeds or 3)
             ]
-        for places in samples[task]:
-            learned = places if config.low_shot else sets.fit
-            check_labels(task, names, bank_y[learned], report_y)
-            if (k := neighbours_asked(config)) > len(places):
-                raise UserError(f"--k {k}: there are only {len(places)} pictures to look among")
+        for places in learned:
+            check_labels(task, names, bank_y[places], report_y)
+        fewest = min(len(places) for places in samples[task])
+        # By default a sample with fewer pictures than 20 is looked through whole.
+        if (k := config.k or (1 if config.low_shot else 20)) > fewest:
+            raise UserError(f"--k {k}: there are only {fewest} pictures to look among")
     bf16 = bf16_pays(encoder.embed_dim, place.device) if config.bf16 is None else config.bf16
     workers = cores() if config.workers is None else config.workers
     kept_in = cache if config.cache else None
@@ -2531,11 +2530,6 @@ def data_name(config: ProbeConfig, loaded: Loaded) -> str:
     if name is None:
         raise UserError(f"{config.checkpoint} does not say what it was trained on: give --data")
     return name
-
-
-def neighbours_asked(config: ProbeConfig) -> int:
-    """k; low-shot samples may have fewer pictures than the 20 that it is by default."""
-    return config.k or (1 if config.low_shot else 20)
 
 
 def describe(setup: Setup) -> str:
@@ -2588,8 +2582,7 @@ def report_row(
 
 def setting_of(choice: Choice) -> dict:
     """The settings of a linear probe, and what it scored on the pictures they were chosen on."""
-    names = ("feature", "head", "rate", "decay", "val")
-    return {name: getattr(choice, name) for name in names}
+    return {name: getattr(choice, name) for name in GridRow._fields}
 
 
 def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, Tensor]:
@@ -2620,7 +2613,7 @@ def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, T
     return found[0], found[1]
 
 
-def weights_hash(network: torch.nn.Module) -> str:
+def weights_hash(network: nn.Module) -> str:
     """A name for these very weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():
@@ -2666,7 +2659,7 @@ def _all_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
     """One task with all labels: figures, settings, neighbours, and predictions of one head."""
     config, sets = setup.config, setup.sets
     bank_y, report_y = sets.labels(task)
-    classes, k = len(setup.tasks[task]), neighbours_asked(config)
+    classes, k = len(setup.tasks[task]), config.k or 20
     found = knn(last[0], bank_y, last[1], k, config.temperature, classes)
     fit, choose = sets.fit, sets.choose
     best = linear_probe(
@@ -2711,10 +2704,11 @@ def examples(setup: Setup, task: str, learn: Tensor) -> tuple[Examples, Examples
     """What one task learns from (places in the bank), chooses on and reports on."""
     sets = setup.sets
     bank_y, report_y = sets.labels(task)
-    learned, chosen = (
-        Examples(sets.train, sets.bank[places], bank_y[places]) for places in (learn, sets.choose)
+    return (
+        Examples(sets.train, sets.bank[learn], bank_y[learn]),
+        Examples(sets.train, sets.bank[sets.choose], bank_y[sets.choose]),
+        Examples(sets.test, sets.report, report_y),
     )
-    return learned, chosen, Examples(sets.test, sets.report, report_y)
 
 
 def probe_trained(setup: Setup, measure: Callable) -> Found:
@@ -2789,8 +2783,9 @@ def format_report(rows: list[dict]) -> str:
         for row in of_task:
             cells = ""
             for name in columns:
-                mean, spread = mean_std(row["figures"].get(name, ()))
-                cell = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(row["figures"][name]) > 1 else "")
+                values = row["figures"][name]
+                mean, spread = mean_std(values)
+                cell = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
                 cells += f"  {cell:>14}"
             chosen = "; ".join(dict.fromkeys(_in_words(setting) for setting in row["chosen"]))
             lines.append(f"{row['features']:{width}}{cells}   {chosen}")
@@ -2866,8 +2861,8 @@ def draw_found(setup: Setup, found: Found, out: Path) -> None:
         title = f"{setup.trained}, {[*found.rows[-1]['figures']][-1]}"
         draw_confusion(out / "confusion.png", matrix, names, title)
     if found.neighbours is not None:
-        near = found.neighbours
-        draw_neighbours(out / "neighbours.png", setup.sets, task, near.neighbours, near.weighted)
+        rows, predicted = found.neighbours.neighbours, found.neighbours.weighted
+        draw_neighbours(out / "neighbours.png", setup.sets, task, rows, predicted)
     encoders = {name: encoder for name, encoder in setup.encoders.items() if encoder is not None}
     draw_patches(out / "pca.png", encoders, setup.sets, setup.place, setup.size)
 

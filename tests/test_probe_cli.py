@@ -555,6 +555,8 @@ def fails(capsys, *argv) -> str:
         (["{run}", "--data", "{pictures}", "--per-class", "41"], r"'blue' has only \d\d"),
         (["{run}", "--data", "{pictures}", "--images", "3"], "too few|only"),
         (["{run}", "--data", "{pictures}", "--temperature", "0"], "must be positive"),
+        (["{run}", "--data", "{pictures}", "--finetune", "--lr", "-1"], "--lr is -1.*positive"),
+        (["{run}", "--data", "{pictures}", "--finetune", "--weight-decay", "nan"], "decay is nan"),
         (["{run}", "--data", "{pictures}", "--frobnicate"], "unrecognized"),
     ],
 )
