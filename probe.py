@@ -475,10 +475,12 @@ def _choose(
     grid, by_feature = [], {}
     for name in val_x:
         rows = []  # (row of the grid, the stack it is in, its place there)
-        for stack, head in ((stack, head) for (of, head), stack in stacks.items() if of == name):
+        for (feature, head), stack in stacks.items():
+            if feature != name:
+                continue
             hits = stack.predict(val_x[name]) == val_y.to(stack.weight.device)  # (S, Q, n)
-            accuracy = hits.double().mean(2).T.tolist()  # (Q, S)
-            for q, (setting, val) in enumerate(zip(settings, accuracy, strict=True)):
+            shares = hits.double().mean(2).T.tolist()  # (Q, S)
+            for q, (setting, val) in enumerate(zip(settings, shares, strict=True)):
                 rows.append((GridRow(name, head, *setting, tuple(val)), stack, q))
         grid += [row for row, _, _ in rows]
         row, stack, q = max(rows, key=lambda r: mean_std(r[0].val)[0])  # the first of equals
@@ -815,10 +817,10 @@ def _gathered(x: Tensor, place: Place) -> Tensor:
 
 
 class _LARSHeads(_Stack):
-    """Heads that learn by LARS (You et al. 2017).
+    """Heads that learn by LARS (You et al. 2017), each a layer of its own.
 
-    To it each member of the grid is a layer of its own. Its gradient, decay
-    included, is scaled to TRUST times the norm of its weights before it enters the momentum:
+    A gradient, decay included, is scaled to TRUST times the norm of the weights before it enters
+    the momentum:
 
         g <- (g + decay w) x TRUST |w| / (|g| + decay |w|)
 
@@ -1251,10 +1253,9 @@ def low_shot_probe(
         )  # fmt: skip
         for row in probe.grid:
             scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
-    setting = (next(iter(train_x)), "linear", RATES[0], DECAYS[-2])
-    if scores:
-        setting = max(scores, key=lambda s: (scores[s], s[3]))  # few pictures, many equals
-    feature, head, rate, decay = setting
+    feature, head, rate, decay = next(iter(train_x)), "linear", RATES[0], DECAYS[-2]
+    if scores:  # few pictures, many equals: of these the strongest decay
+        feature, head, rate, decay = max(scores, key=lambda s: (scores[s], s[3]))
     x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
     probe = linear_probe(
         x, train_y, x, train_y, report, report_y,
