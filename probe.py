@@ -26,8 +26,8 @@ How to find one's way: `main` and `evaluate`, at the end, are the whole of an ev
     fine-tuning       the encoder trained too
     low-shot          a linear probe with few labels
     health            RankMe, spread, confusion matrix
-    comparing         raw pixels beside encoders, for the end of a training run
     checkpoints       encoders read from files of three kinds, and exported
+    comparing         raw pixels beside encoders, for the end of a training run
     which pictures    a set split in three: to learn from, to choose on, to report on
     features, kept    computed by all processes, once, and stored
     pictures          confusion matrix, neighbours, patches as colours
