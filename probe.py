@@ -17,6 +17,22 @@ winner. Raw pixels and the same encoder untrained stand beside it.
 The report (probe.json, and pictures) goes beside the run, into probe_<data>; features are kept in
 the folder features, and not computed twice.
 
+How to find one's way: `main` and `evaluate`, at the end, are the whole of an evaluation. Above:
+
+    features          an image as one vector: the mean of its patches
+    neighbours        kNN, free of choices
+    linear probe      a sweep of linear heads on stored features
+    augmented probe   the same on random crops, with the paper's optimizer
+    fine-tuning       the encoder trained too
+    low-shot          a linear probe with few labels
+    health            RankMe, spread, confusion matrix
+    checkpoints       encoders read from files of three kinds, and exported
+    comparing         raw pixels beside encoders, for the end of a training run
+    which pictures    a set split in three: to learn from, to choose on, to report on
+    features, kept    computed by all processes, once, and stored
+    pictures          confusion matrix, neighbours, patches as colours
+    command line      options, the three protocols, the report
+
 Letters, in every shape comment of this file:
 
     n  images             C  classes                           S  seeds
@@ -77,6 +93,7 @@ from data import (
     hold_out,
     load_data,
     main_first,
+    one_line,
     option,
     parse_options,
     placed,
@@ -108,7 +125,6 @@ def pooled_features(
     layers: int = 1,
     device: torch.device | str | None = None,
     bf16: bool = False,
-    keep_on_device: bool = False,
 ) -> Tensor:
     """One vector an image: the average over patches of each of the last layers (Appendix A.2).
 
@@ -118,9 +134,8 @@ def pooled_features(
         layers: how many of the last layers; each goes through the last norm.
         device: where to compute; the encoder is moved there. By default where the encoder is.
         bf16: run the layers in bfloat16; averages are taken in float32 either way.
-        keep_on_device: leave the features on the device.
     Returns:
-        (n, layers * D) float32, the deepest layer last; on the CPU unless `keep_on_device`.
+        (n, layers * D) float32 on the CPU, the deepest layer last.
     Raises:
         ValueError: no images, no such number of layers, or features that are not finite; the
             message names the first such layer and the number of images.
@@ -135,13 +150,12 @@ def pooled_features(
         with torch.inference_mode():
             images = images.to(device, non_blocking=True)
             features.append(pooled(encoder, images, layers, bf16))
-            if not keep_on_device and len(features) > 1:
+            if len(features) > 1:
                 # One batch late: the device computes this batch while the one before is copied.
                 features[-2] = features[-2].cpu()
     if not features:
         raise ValueError("there are no images to take features of")
-    if not keep_on_device:
-        features[-1] = features[-1].cpu()
+    features[-1] = features[-1].cpu()
     # Outside of inference mode, so that a head can be trained on the result.
     whole = torch.cat(features)  # (n, layers * D)
 
@@ -158,7 +172,7 @@ def pooled_features(
 @torch.inference_mode()
 def pooled(encoder: ViT, images: Tensor, layers: int, bf16: bool) -> Tensor:
     """Of one batch, on its device: (b, C, H p, W p) -> (b, layers * D) float32."""
-    with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         outputs = encoder.last_layers(images, layers)  # layers x (b, N, D)
     return torch.cat([x.float().mean(1) for x in outputs], dim=1)
 
@@ -181,9 +195,8 @@ def at_once(encoder: ViT, size: int | None, device: torch.device, train: bool = 
 
 def _broken(features: Tensor) -> Tensor:
     """Which vectors hold a NaN or an infinity: (..., D) -> (...)."""
-    return ~features.sum(
-        -1, dtype=torch.float32
-    ).isfinite()  # a sum is finite only if all its terms are
+    # A sum is finite only if all its terms are.
+    return ~features.sum(-1, dtype=torch.float32).isfinite()
 
 
 def _check(name: str, x: Tensor, y: Tensor | None = None, classes: int | None = None) -> None:
@@ -208,10 +221,8 @@ def _check(name: str, x: Tensor, y: Tensor | None = None, classes: int | None = 
 class Prediction(NamedTuple):
     """What the k nearest training images say about n images."""
 
-    weighted: (
-        Tensor  # (n,) int64 classes, a neighbour's vote counting exp(similarity / temperature)
-    )
-    plain: Tensor  # (n,) int64 classes, one neighbour one vote
+    weighted: Tensor  # (n,) int64 classes; a neighbour's vote is exp(similarity / temperature)
+    plain: Tensor  # (n,) int64 classes; one neighbour, one vote
     neighbours: Tensor  # (n, k) int64 rows of `train_x`, the nearest first
     similarity: Tensor  # (n, k) float32 cosine similarity to them
 
@@ -265,7 +276,8 @@ def knn(
             if best[i] is not None:  # earlier images stand first, so they win the ties
                 similarity = torch.cat([best[i][0], similarity], dim=1)
                 idx = torch.cat([best[i][1], idx], dim=1)
-            best[i] = _nearest_first(similarity, idx, k)
+            order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+            best[i] = similarity.gather(1, order), idx.gather(1, order)
         start += len(block)
     similarity = torch.cat([s for s, _ in best])  # (n, k)
     neighbours = torch.cat([idx for _, idx in best])  # (n, k)
@@ -299,12 +311,6 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
         idx[tied] = taken.nonzero()[:, 1].view(-1, k)
     idx = idx.sort(dim=1).values
     return similarity.gather(1, idx), idx
-
-
-def _nearest_first(similarity: Tensor, idx: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in falling order, equals in the order they stand."""
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return similarity.gather(1, order), idx.gather(1, order)
 
 
 # --------------------------------------------------------------------------------- linear probe
@@ -368,6 +374,11 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of right answers: (n,) and (n,) -> [0, 1]."""
+    return (predicted.cpu() == labels.cpu()).double().mean().item()
+
+
 def linear_probe(
     train_x: Tensor | Mapping[str, Tensor],
     train_y: Tensor,
@@ -385,40 +396,35 @@ def linear_probe(
     batch_size: int = 1024,
     num_classes: int | None = None,
     device: torch.device | str | None = None,
-    chunk: int = 2048,
     progress: bool = True,
 ) -> LinearProbe:
     """Sweep linear classifiers over frozen features (Appendix A.2), the whole grid in one pass.
 
-    Every member of the grid (feature x head x rate x decay x seed) sees the training set as if it
-    were alone, but all are trained at once: one product of matrices serves all settings of a head.
-    The problem is convex and starts from zero: seeds differ in the order of the images alone, and
-    not at all where a batch holds every one of them.
+    All members of the grid (feature x head x rate x decay x seed) are trained at once, and none
+    touches another: one product of matrices serves all settings of a head. The problem is convex
+    and starts from zero: seeds differ in the order of the images alone.
 
     Differs from the paper in the optimizer, see `_Heads`, and in that batch norm takes mean and
     variance from the whole training set, which on stored features costs nothing.
 
     Args:
-        train_x: (n, D) features, or several kinds of them by name, of any width; all kinds go
-            through the same images in the same order. They may stay on the CPU.
+        train_x: (n, D) features, or several kinds of them by name, of any width. They may stay on
+            the CPU.
         train_y: (n,) int64 classes from 0.
-        val_x, val_y: held out from training; the choice is made on them, by the mean over seeds.
-            Of equals, the first in the order features, heads, rates, decays.
+        val_x, val_y: held out; the choice is made on them, by the mean over seeds. Of equals, the
+            first in the order features, heads, rates, decays.
         test_x, test_y: read once, by the best setting of each feature.
         heads: "linear" and "bn" (batch norm without learned scale and shift, then linear).
-        rates, decays: what to try. The rate falls along a cosine. A decay is a penalty of
-            decay / 2 times the squared weights beside the mean cross entropy: 1 / (n C) in the
-            terms of scikit-learn. Both are relative to the features' scale.
+        rates, decays: what to try, relative to the features' scale. The rate falls along a cosine.
+            A decay is a penalty of decay / 2 times the squared weights beside the mean cross
+            entropy: 1 / (n C) in the terms of scikit-learn.
         seeds: how many (0, 1, ...), or which.
         epochs, min_steps: at least so many passes and so many steps, so that a small set is
             learned too.
         batch_size: images a step; a little more or less, to divide an epoch evenly.
         num_classes: by default what the labels say.
         device: where to compute; by default where the features are.
-        chunk: images evaluated at a time; does not alter the answer.
         progress: show a bar, if it takes long and there is a terminal.
-    Returns:
-        A `LinearProbe`.
     Raises:
         ValueError: shapes, names or labels that do not fit, features that are not finite (how
             many), an empty grid, an unknown head.
@@ -443,45 +449,44 @@ def linear_probe(
             raise ValueError(f"{split} features {list(features)} are not {list(train_x)}")
         for name, x in features.items():
             _check(f"{split} set, {name}", x, labels, num_classes)
-            if x.shape[1] != train_x[name].shape[1]:
-                raise ValueError(
-                    f"{split} set, {name}: width {x.shape[1]}, not {train_x[name].shape[1]}"
-                )
+            if x.shape[1] != (width := train_x[name].shape[1]):
+                raise ValueError(f"{split} set, {name}: width {x.shape[1]}, not {width}")
 
     device = torch.device(device or next(iter(train_x.values())).device)
     settings = [(float(rate), float(decay)) for rate in rates for decay in decays]  # Q
-    stacks = {
-        (name, head): _Heads(head, *moments, num_classes, settings, len(seeds))
-        for name, moments in ((name, _moments(x, device)) for name, x in train_x.items())
-        for head in heads
-    }
+    stacks = {}
+    for name, x in train_x.items():
+        moments = _moments(x, device)
+        for head in heads:
+            stacks[name, head] = _Heads(head, *moments, num_classes, settings, len(seeds))
     _train(stacks, train_x, train_y, seeds, epochs, min_steps, batch_size, progress)
-    return _choose(stacks, settings, val_x, val_y, test_x, test_y, chunk)
+    return _choose(stacks, settings, val_x, val_y, test_x, test_y)
 
 
 def _choose(
-    stacks: Mapping[tuple[str, str], "_Heads | _LARSHeads"],
+    stacks: Mapping[tuple[str, str], "_Stack"],
     settings: Sequence[tuple[float, float]],
     val_x: Mapping[str, Tensor],
     val_y: Tensor,
     test_x: Mapping[str, Tensor] | None,
     test_y: Tensor | None,
-    chunk: int,
 ) -> LinearProbe:
     """Of trained heads by feature and kind: the best on validation images reads the test images."""
     grid, by_feature = [], {}
     for name in val_x:
         rows = []  # (row of the grid, the stack it is in, its place there)
-        for stack, head in ((stack, head) for (of, head), stack in stacks.items() if of == name):
-            hits = stack.predict(val_x[name], chunk) == val_y.to(stack.weight.device)  # (S, Q, n)
-            accuracy = hits.double().mean(2).T.tolist()  # (Q, S)
-            for q, (setting, val) in enumerate(zip(settings, accuracy, strict=True)):
+        for (feature, head), stack in stacks.items():
+            if feature != name:
+                continue
+            hits = stack.predict(val_x[name]) == val_y.to(stack.weight.device)  # (S, Q, n)
+            shares = hits.double().mean(2).T.tolist()  # (Q, S)
+            for q, (setting, val) in enumerate(zip(settings, shares, strict=True)):
                 rows.append((GridRow(name, head, *setting, tuple(val)), stack, q))
         grid += [row for row, _, _ in rows]
         row, stack, q = max(rows, key=lambda r: mean_std(r[0].val)[0])  # the first of equals
         predictions, test = None, ()
         if test_x is not None:
-            predictions = stack.predict(test_x[name], chunk, only=q)[:, 0].cpu()  # (S, n_test)
+            predictions = stack.predict(test_x[name], only=q)[:, 0].cpu()  # (S, n_test)
             test = tuple((predictions == test_y.cpu()).double().mean(1).tolist())
         by_feature[name] = Choice(*row, test, predictions, *stack.folded(q))
     best = max(by_feature.values(), key=lambda choice: choice.val_mean)
@@ -503,18 +508,42 @@ def _moments(x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, sum(rows.T @ rows for rows in centred) / len(x)
 
 
-class _Heads:
-    """All heads of one kind on one feature, (S, C, Q, D) weights, trained side by side.
+class _Stack:
+    """All heads of one kind on one feature: weights (S, Q, C, D) and biases (S, Q, C, 1)."""
 
-    A sweep of plain SGD measures how well SGD copes with the features as much as what is in them:
-    they vary a million times more in some directions than in others, most of all those of an
-    untrained encoder. (Its `vit_tiny` on 20,000 CIFAR-10 images, JPEG copy: 37 % by the best of
-    SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So the features are turned to
-    their principal axes, where the loss is curved by about the variance along each axis, and each
-    axis gets its own rate: rate / (variance + decay). To turn, to take out the mean and to divide
-    all features by *one* number alters neither what a linear head can say nor, the bias being
-    free, which weights are best; only how soon they are found, and that rates and decays mean the
-    same for every encoder.
+    def __init__(self, first: Tensor, settings: Sequence[tuple[float, float]]):
+        """first: (S, C, D), the initial weights, the same for all settings."""
+        pairs = torch.tensor(settings, device=first.device)
+        self.rates, self.decays = pairs.T[:, :, None, None]  # (Q, 1, 1) each
+        self.weight = repeat(first, "s c d -> s q c d", q=len(settings)).clone()
+        self.bias = torch.zeros_like(self.weight[..., :1])
+        self.weight_velocity = torch.zeros_like(self.weight)
+        self.bias_velocity = torch.zeros_like(self.bias)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Features as trained heads look at them: (n, D) -> (n, D)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, only: int | None = None) -> Tensor:
+        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
+        settings = slice(None) if only is None else slice(only, only + 1)
+        weight, bias = self.weight[:, settings], self.bias[:, settings]
+        logits = (weight @ self.seen(rows).T + bias for rows in x.split(CHUNK))  # (S, Q, C, b)
+        return torch.cat([rows.argmax(2) for rows in logits], dim=2)
+
+
+class _Heads(_Stack):
+    """Heads that start from zero and learn by SGD along the features' principal axes.
+
+    Features vary a million times more in some directions than in others, and a sweep of plain SGD
+    measures how well it copes with that. (An untrained vit_tiny, 20,000 CIFAR-10 images: 37 % by
+    the best of SGD and AdamW with 100 epochs, 45 % by this and by scikit-learn.) So features are
+    turned to their principal axes, where the loss is curved by about the variance along each axis,
+    and each axis gets its own rate: rate / (variance + decay). To turn them, to take out the mean
+    and to divide all by *one* number alters neither what a linear head can say nor which weights
+    are best; only how soon they are found, and that rates and decays mean the same for every
+    encoder.
 
     Batch norm divides each dimension by its own standard deviation instead. That is another
     model: the decay then weighs on weak and strong dimensions alike.
@@ -529,7 +558,8 @@ class _Heads:
         settings: Sequence[tuple[float, float]],
         num_seeds: int,
     ):
-        device = mean.device
+        first = torch.zeros(num_seeds, num_classes, len(mean), device=mean.device)
+        super().__init__(first, settings)
         variance = covariance.diagonal()
         spread = variance.mean().sqrt().expand_as(variance)  # one number
         if head == "bn":
@@ -539,52 +569,37 @@ class _Heads:
         curvature, axes = torch.linalg.eigh(covariance / torch.outer(spread, spread))
         self.mean = mean  # (D,)
         self.transform = axes / spread[:, None]  # (D, D): centred features to principal axes
-
-        rates, decays = torch.tensor(settings, device=device).T[:, :, None]  # (Q, 1) each
-        self.decays, self.bias_rates = decays, rates
         curvature = curvature.clamp_min(0).float() + CURVATURE_EPS
-        self.weight_rates = rates / (curvature + decays)  # (Q, D)
-        shape = (num_seeds, num_classes, len(settings))
-        self.weight = torch.zeros(*shape, len(mean), device=device)  # (S, C, Q, D)
-        self.bias = torch.zeros(*shape, 1, device=device)  # (S, C, Q, 1)
-        self.weight_velocity = torch.zeros_like(self.weight)
-        self.bias_velocity = torch.zeros_like(self.bias)
+        self.weight_rates = self.rates / (curvature + self.decays)  # (Q, 1, D)
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Features centred, scaled and along the principal axes: (n, D) -> (n, D)."""
+    def seen(self, x: Tensor) -> Tensor:
+        """Centred, scaled and along the principal axes."""
         x = x.to(self.weight) - self.mean.float()
         return x @ self.transform.float()
 
     def step(self, x: Tensor, targets: Tensor, factor: float) -> None:
         """One step of SGD with Nesterov momentum for all, at `factor` times their rates.
 
-        x: (S, b, D) turned features, a batch for each seed; targets: (S, C, 1, b) one-hot.
+        x: (S, b, D) features as `seen`, a batch for each seed; targets: (S, 1, C, b) one-hot.
         """
         # Cross entropy of a linear map has a short gradient: (softmax(logits) - targets) x^T / b.
         logits = torch.bmm(self.weight.flatten(1, 2), x.mT).view(*self.bias.shape[:3], -1)
-        error = (logits + self.bias).softmax(1).sub_(targets).div_(x.shape[1])  # (S, C, Q, b)
+        error = (logits + self.bias).softmax(2).sub_(targets).div_(x.shape[1])  # (S, Q, C, b)
         weight_gradient = torch.bmm(error.flatten(1, 2), x).view_as(self.weight)
         weight_gradient.addcmul_(self.weight, self.decays)
         bias_gradient = error.sum(3, keepdim=True)
         for value, velocity, gradient, rates in (
             (self.weight, self.weight_velocity, weight_gradient, self.weight_rates),
-            (self.bias, self.bias_velocity, bias_gradient, self.bias_rates),
+            (self.bias, self.bias_velocity, bias_gradient, self.rates),
         ):
             velocity.mul_(MOMENTUM).add_(gradient)
             gradient.add_(velocity, alpha=MOMENTUM)  # Nesterov's look ahead
             value.addcmul_(gradient, rates, value=-factor)
 
-    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
-        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
-        settings = slice(None) if only is None else slice(only, only + 1)
-        weight, bias = self.weight[:, :, settings], self.bias[:, :, settings]
-        logits = (weight @ self.turned(rows).T + bias for rows in x.split(chunk))  # (S, C, Q, b)
-        return torch.cat([rows.argmax(1) for rows in logits], dim=2)
-
     def folded(self, q: int) -> tuple[Tensor, Tensor]:
         """One setting as a map from features as they come to logits: (S, C, D) and (S, C)."""
-        weight = self.weight[:, :, q].double() @ self.transform.T
-        bias = self.bias[:, :, q, 0] - weight @ self.mean
+        weight = self.weight[:, q].double() @ self.transform.T
+        bias = self.bias[:, q, :, 0] - weight @ self.mean
         return weight.float().cpu(), bias.float().cpu()
 
 
@@ -601,11 +616,11 @@ def _train(
 ) -> None:
     """Train all heads of all stacks in one pass; keeps a turned copy of the features for each."""
     turned = {
-        key: torch.cat([stack.turned(rows).to(rows.device) for rows in train_x[key[0]].split(ROWS)])
+        key: torch.cat([stack.seen(rows).to(rows.device) for rows in train_x[key[0]].split(ROWS)])
         for key, stack in stacks.items()
     }
-    some = next(iter(stacks.values())).weight
-    n, classes, train_y = len(train_y), some.shape[1], train_y.cpu()
+    some = next(iter(stacks.values())).weight  # (S, Q, C, D)
+    n, classes, train_y = len(train_y), some.shape[2], train_y.cpu()
     batches = max(1, round(n / batch_size))  # of nearly equal size: no remainder, none tiny
     epochs = max(epochs, math.ceil(min_steps / batches))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -614,8 +629,7 @@ def _train(
         for _ in range(epochs):
             order = torch.stack([torch.randperm(n, generator=g) for g in generators])  # (S, n)
             for idx in order.tensor_split(batches, dim=1):  # (S, b)
-                targets = F.one_hot(train_y[idx], classes).mT[:, :, None]  # (S, C, 1, b)
-                targets = targets.to(some)
+                targets = F.one_hot(train_y[idx], classes).mT[:, None].to(some)  # (S, 1, C, b)
                 factor = cosine(1.0, 0.0, step / total)
                 for key, stack in stacks.items():
                     x = turned[key].index_select(0, idx.flatten().to(turned[key].device))
@@ -689,31 +703,29 @@ def augmented_probe(
     concatenation of the last `layers`; the heads are linear, and batch norm (without learned scale
     and shift) + linear. Seeds differ in the heads' initial weights: all see the same crops.
 
-    LARS copes less well with features that vary much in some directions and little in others than
-    `linear_probe` does. On the same stored features of vit_nano and shapes (one seed) it read 97 %
-    of `kind` and 57 % of `count`, where `linear_probe` reads 99 % and 62 %.
+    LARS copes less well than `linear_probe` with features that vary much in some directions and
+    little in others: on the same stored features of vit_nano and shapes (one seed) it read 57 % of
+    `count`, where `linear_probe` reads 62 %.
 
-    However a batch is divided among processes and micro-batches, the heads see it whole: the
-    features of all are gathered, and the heads, which cost little beside the encoder, are computed
-    by every process alike. Batch norm uses the moments of the batch to learn, and to predict the
-    average of all of them: the encoder is frozen, so the first are as good as the last.
+    However a batch is divided among processes and micro-batches, the heads see it whole: features
+    are gathered, and every process computes the heads alike. Batch norm uses the moments of the
+    batch to learn, and the average of all to predict: the encoder is frozen, so the first moments
+    are as good as the last.
 
     Args:
         encoder: the frozen network.
-        train, choose, report: to learn from; to choose the setting on, by the mean over seeds, as
-            `linear_probe` does; read once, by the best setting of each feature. The last two are
-            seen whole, without crops.
+        train, choose, report: to learn from; to choose the setting on, as `linear_probe` does;
+            read once. The last two are seen whole, without crops.
         place: where this process runs. All processes get the answer.
         num_classes: C.
         layers: how many layers make the second feature; with 1 there is only the first.
-        rates: for 256 pictures of ImageNet: at a batch of 16,384 they are 64 times these. On sets
-            of any size the batch of `augmented_batch` has these 64 times, others in proportion.
+        rates: for 256 pictures of ImageNet, so 64 times these at its batch of 16,384; the same at
+            the `augmented_batch` of any set, and at other batches in proportion.
         decays: penalty of decay / 2 times the squared weights.
         seeds: how many (0, 1, ...), or which.
         epochs: passes over the training pictures; the rate falls to a tenth after each 30 %.
         batch_size: pictures a step, over all processes; by default `augmented_batch`.
         crop_scale, flip: share of the picture in a random crop, and whether half are mirrored.
-            (1, 1) for tasks that cropping would make impossible: counting and distance.
         size: pixels a side, to which pictures in memory are enlarged once they are cropped.
         bf16: run the encoder in bfloat16; heads are float32 either way.
         workers: processes that decode the pictures of a folder.
@@ -769,7 +781,7 @@ def augmented_probe(
     choose_x, report_x = (
         {name: x[:, kind] for name, kind in kinds.items()} for x in (choose_x, report_x)
     )
-    return _choose(stacks, settings, choose_x, choose.labels, report_x, report.labels, CHUNK)
+    return _choose(stacks, settings, choose_x, choose.labels, report_x, report.labels)
 
 
 def micro_batches(batch_size: int, most: int, place: Place, unit: int = 1) -> int:
@@ -804,11 +816,11 @@ def _gathered(x: Tensor, place: Place) -> Tensor:
     return torch.cat(parts)
 
 
-class _LARSHeads:
-    """All heads of one kind on one feature, (S, Q, C, D) weights, trained side by side by LARS.
+class _LARSHeads(_Stack):
+    """Heads that learn by LARS (You et al. 2017), each a layer of its own.
 
-    To LARS (You et al. 2017) each member of the grid is a layer of its own. Its gradient, decay
-    included, is scaled to TRUST times the norm of its weights before it enters the momentum:
+    A gradient, decay included, is scaled to TRUST times the norm of the weights before it enters
+    the momentum:
 
         g <- (g + decay w) x TRUST |w| / (|g| + decay |w|)
 
@@ -825,19 +837,18 @@ class _LARSHeads:
         scale: float,
         device: torch.device,
     ):
-        rates, self.decays = torch.tensor(settings, device=device).T[:, :, None, None]  # (Q, 1, 1)
-        self.rates = scale * rates
         drawn = [
             torch.randn(num_classes, width, generator=generator_for(seed, "head")) for seed in seeds
         ]
-        first = HEAD_STD * torch.stack(drawn).to(device)  # (S, C, D), the same for all settings
-        self.weight = repeat(first, "s c d -> s q c d", q=len(settings)).clone()
-        self.bias = torch.zeros_like(self.weight[..., :1])  # (S, Q, C, 1)
-        self.weight_velocity = torch.zeros_like(self.weight)
-        self.bias_velocity = torch.zeros_like(self.bias)
+        super().__init__(HEAD_STD * torch.stack(drawn).to(device), settings)
+        self.rates = scale * self.rates
         self.norm = nn.Identity()
         if head == "bn":  # `momentum=None`: the running moments are those of all steps, averaged
             self.norm = nn.BatchNorm1d(width, BN_EPS, momentum=None, affine=False).to(device)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Normalised by the moments of all batches, where there is a batch norm."""
+        return self.norm.eval()(x.to(self.weight))
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, factor: float) -> None:
@@ -863,14 +874,6 @@ class _LARSHeads:
         ):
             velocity.mul_(MOMENTUM).add_(gradient)
             value.addcmul_(velocity, self.rates, value=-factor)
-
-    @torch.no_grad()
-    def predict(self, x: Tensor, chunk: int, only: int | None = None) -> Tensor:
-        """Classes by all settings, or by one: (n, D) -> (S, Q or 1, n) int64."""
-        settings = slice(None) if only is None else slice(only, only + 1)
-        weight, bias = self.weight[:, settings], self.bias[:, settings]
-        rows = (self.norm.eval()(rows.to(weight)) for rows in x.split(chunk))  # (b, D) each
-        return torch.cat([(weight @ row.T + bias).argmax(2) for row in rows], dim=2)
 
     def folded(self, q: int) -> tuple[Tensor, Tensor]:
         """One setting as a map from features as they come to logits: (S, C, D) and (S, C)."""
@@ -908,16 +911,13 @@ def fine_tune_recipe(embed_dim: int, low_shot: bool) -> FineTuneConfig:
     """What suits an encoder of this width: with few labels, or with all of them.
 
     From 1,024 on (ViT-L) the paper's: Appendix A.2 for few labels, Appendix D for all, which is
-    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent: smaller batches, since
-    the sets are smaller; a drop path of 0.1, as MAE has for ViT-B; and higher rates. Those come
-    from vit_nano on `kind` of shapes, without crops and RandAugment, at a batch of 64 (one seed):
-    1,000 labels and 25 epochs gave 81, 98 and 99 % of held-out pictures with a rate of 3e-4, 1e-3
-    and 3e-3, 6,000 labels and 6 epochs gave 99.3 and 99.7 % with the last two. For other widths
-    they are divided by the width, which is a guess, and meets the paper's from above.
+    silent on label smoothing; 0.1 as in MAE. Below that the paper is silent. Batches are smaller,
+    since the sets are; a drop path of 0.1 is MAE's for ViT-B; rates are 0.3 / width, which suits
+    vit_nano (1,000 labels of `kind` of shapes, 25 epochs, one seed: 81, 98 and 99 % of held-out
+    pictures by 3e-4, 1e-3 and 3e-3) and meets the paper's from above; in between it is a guess.
 
     Crops and RandAugment suit photographs. Where classes are patterns of pixels, numbers or
-    distances they do harm: 98 % by 1e-3 fell to 93 % with RandAugment, and to 60 % in twice the
-    epochs with crops too.
+    distances they do harm: there 98 % fell to 93 % with RandAugment, and to 60 % with crops too.
     """
     if embed_dim < 1024:
         narrow = FineTuneConfig(lr=0.3 / embed_dim, batch_size=64)
@@ -967,26 +967,19 @@ def fine_tune(
     """Train a copy of the encoder and a linear head on the mean of its patches (Appendix A.2, D).
 
     Crops, flips, RandAugment and order depend on the seed and the step alone: neither workers nor
-    processes nor micro-batches alter the result by more than rounding. Drop path is an exception,
-    whose random numbers every process draws for its pictures.
+    processes nor micro-batches alter the result by more than rounding. Drop path does: each process
+    draws for its own pictures.
 
-    Differs from the paper in RandAugment, which is torchvision's with the same number and strength,
-    where MAE has that of timm: a few other operations, of a strength that varies a little.
+    Differs from the paper in RandAugment, which is torchvision's, where MAE has that of timm: a few
+    other operations, of a strength that varies a little.
 
     Args:
         encoder: where to start from. It is left as it is.
-        train: to learn from.
-        choose: to show progress on, after each epoch. Nothing is chosen.
-        report: read once for each seed, at the end.
-        place: where this process runs. All processes get the answer.
+        train, choose, report: to learn from; to show progress on, nothing is chosen; read once for
+            each seed, at the end.
         config: see `fine_tune_recipe`.
-        num_classes: C.
         seeds: how many (0, 1, ...), or which; of everything random. The head starts from zero.
-        size: pixels a side, to which pictures in memory are enlarged once they are augmented.
-        bf16: autocast to bfloat16.
-        workers: processes that crop and augment, and decode if need be.
-    Returns:
-        A `FineTuned`.
+        The others are those of `augmented_probe`.
     Raises:
         UserError: the batch does not divide into the processes, pictures cannot be read, or the
             loss is not finite any more.
@@ -1019,9 +1012,8 @@ class _Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         blocks = self.encoder.blocks
-        for block, p in zip(
-            blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True
-        ):
+        rates = torch.linspace(0, drop_path, len(blocks)).tolist()
+        for block, p in zip(blocks, rates, strict=True):
 
             def skip(branch, _, output, p=p):  # of some pictures the branch is left out
                 return stochastic_depth(output, p, "row", branch.training)
@@ -1089,10 +1081,12 @@ def _fine_tune(
         )
     label_of = _label_table(train, device)
     batches = train_batches(train.data, plan, range(total), device, workers)
-    bar = progress(range(total), f"fine-tuning, seed {seed}", " steps") if place.main else None
+    steps = range(total)
+    if place.main:
+        steps = progress(steps, f"fine-tuning, seed {seed}", " steps")
     epochs: list[Epoch] = []
     losses: list[Tensor] = []  # of this epoch, on the device
-    for step in range(total) if bar is None else bar:
+    for step in steps:
         lr = learning_rate(step, total, warmup, 0.0, config.lr, config.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -1122,12 +1116,12 @@ def _fine_tune(
                     f"fine-tuning: the loss is {float(loss)} in epoch {epoch}: try a lower --lr"
                 )
             found = _predicted(network, choose, place, size, bf16, workers)
-            val = (found == choose.labels.cpu()).double().mean().item()
+            val = accuracy(found, choose.labels)
             epochs.append(Epoch(seed, epoch, float(loss), val))
             losses = []
-            if bar is not None:
+            if place.main:
                 said = f"loss {loss:.3f}, {100 * val:.1f} % of held-out pictures"
-                bar.set_postfix_str(said, refresh=False)
+                steps.set_postfix_str(said, refresh=False)
     return epochs
 
 
@@ -1191,6 +1185,86 @@ def _predicted(
     return whole.cpu()
 
 
+# -------------------------------------------------------------------------------------- low-shot
+
+
+def low_shot_sample(
+    labels: Tensor,
+    names: Sequence[str],
+    fraction: float | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Some pictures of each class: (n,) labels -> sorted places (n_sample,), stratified.
+
+    Args:
+        names: of the classes.
+        fraction: the share of each class, rounded, or `per_class`: their number; one of the two.
+        seed: which sample.
+    Raises:
+        UserError: a class would be absent, or has fewer pictures than are wanted.
+    """
+    order = torch.randperm(len(labels), generator=generator_for("low-shot", seed))
+    chosen = []
+    for label, name in enumerate(names):
+        places = order[labels[order] == label]
+        wanted = round(fraction * len(places)) if per_class is None else per_class
+        if wanted < 1:
+            raise UserError(
+                f"--fraction {fraction:g} leaves none of the {len(places)} pictures of class "
+                f"{name!r}: raise it, or use --per-class"
+            )
+        if wanted > len(places):
+            raise UserError(f"--per-class {wanted}: class {name!r} has only {len(places)} pictures")
+        chosen.append(places[:wanted])
+    return torch.cat(chosen).sort().values
+
+
+def low_shot_probe(
+    train_x: Mapping[str, Tensor],
+    train_y: Tensor,
+    report_x: Mapping[str, Tensor],
+    report_y: Tensor,
+    num_classes: int,
+    device: torch.device,
+) -> tuple[float, dict]:
+    """A linear probe that sees no other labels than these few, not even to choose its settings.
+
+    They are chosen by cross-validation within the sample, in five stratified parts, or fewer if a
+    class has fewer pictures; of equals, the strongest decay. One head then learns from all of it.
+    With one picture of some class there is nothing to choose on: the setting is then the last
+    layer, linear, with the strongest decay but one.
+
+    Returns:
+        The accuracy in [0, 1], and the setting.
+    """
+    counts = train_y.bincount(minlength=num_classes)
+    folds = min(5, int(counts[counts > 0].min()))
+    rank = torch.empty_like(train_y)  # the number of a picture among those of its class
+    for label in range(num_classes):
+        rank[train_y == label] = torch.arange(int(counts[label]))
+    more = {"num_classes": num_classes, "device": device, "progress": False}
+    scores: dict[tuple, float] = {}
+    for fold in range(folds) if folds > 1 else ():
+        held = rank % folds == fold
+        probe = linear_probe(
+            {name: x[~held] for name, x in train_x.items()}, train_y[~held],
+            {name: x[held] for name, x in train_x.items()}, train_y[held], seeds=1, **more,
+        )  # fmt: skip
+        for row in probe.grid:
+            scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
+    feature, head, rate, decay = next(iter(train_x)), "linear", RATES[0], DECAYS[-2]
+    if scores:  # few pictures, many equals: of these the strongest decay
+        feature, head, rate, decay = max(scores, key=lambda s: (scores[s], s[3]))
+    x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
+    probe = linear_probe(
+        x, train_y, x, train_y, report, report_y,
+        heads=(head,), rates=(rate,), decays=(decay,), seeds=1, **more,
+    )  # fmt: skip
+    chosen = {"feature": feature, "head": head, "rate": rate, "decay": decay}
+    return probe.best.test[0], chosen
+
+
 # --------------------------------------------------------------------------- health and mistakes
 
 
@@ -1203,8 +1277,8 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
     fill all directions alike. A fall while training is a collapse under way. Comparable for the
     same number of images; 25,600 are the paper's.
 
-    Singular values are roots of the eigenvalues of the smaller Gram matrix, in double precision:
-    exact to 1e-8 of the largest one, less than `eps`, and many times faster than an SVD.
+    Singular values are taken from the smaller Gram matrix, in double precision: exact to 1e-8 of
+    the largest one, less than `eps`, and many times faster than an SVD.
 
     Args:
         features: (n, D).
@@ -1215,8 +1289,7 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
     _check("rankme", features)
     if len(features) < features.shape[1]:
         features = features.T  # the same singular values
-    # Added up in parts, so that the double precision copy stays small.
-    parts = (rows.double() for rows in features.split(16384))
+    parts = (rows.double() for rows in features.split(ROWS))
     gram = sum(rows.T @ rows for rows in parts)  # (D, D)
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = sigma / sigma.sum().clamp_min(torch.finfo(torch.float64).tiny) + eps
@@ -1299,16 +1372,15 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
     the released code; Hugging Face folders of I-JEPA with safetensors, and the names of such models
     there; what `export` writes.
 
-    Memory is bounded by this one encoder: other networks and the optimizer's state stay on the
-    disk, and its own weights are read from there when they are used, so leave the file in its place
-    meanwhile. (What torch.save wrote before 2020 is read whole.)
+    Memory is bounded by this one encoder: the rest of a file stays on the disk, and its own weights
+    are read from there when they are used, so leave the file in its place meanwhile. (What
+    torch.save wrote before 2020 is read whole.)
 
     Args:
         source: a path, or a name such as facebook/ijepa_vith14_1k if there is no such path.
         which: "target", which the paper evaluates (Appendix A.1), or "context". A file with one
             encoder gives that one: see `which` and `note` of the result.
-        num_heads: only for files that lack it, the released ones, and only for widths that no
-            released model has.
+        num_heads: only for released files of widths that no released model has.
     Raises:
         UserError: there is no such file, or it cannot be read, with the reason in one line.
     """
@@ -1343,27 +1415,21 @@ def released_model(checkpoint, num_heads: int | None = None) -> IJEPA:
     """
     if not isinstance(checkpoint, Mapping):
         checkpoint = _load(Path(checkpoint), mmap=True)
-    encoder = _released(checkpoint, "encoder")
-    predictor = _released(checkpoint, "predictor")
-    target_encoder = _released(checkpoint, "target_encoder")
+    encoder, predictor, target_encoder = (
+        _released(checkpoint, part) for part in ("encoder", "predictor", "target_encoder")
+    )
     if "mask_token" not in predictor:
         raise ValueError("is no released I-JEPA checkpoint: it lacks the predictor's mask_token")
-    sizes = _released_sizes(encoder, num_heads)
-    config = _config(
-        sizes | {
-            "predictor_dim": predictor["mask_token"].shape[-1],
-            "predictor_depth": _layers(predictor, "predictor_blocks"),
-            "predictor_heads": sizes["num_heads"],
-        }
-    )  # fmt: skip
-    weights = {}
-    for part, tensors, table, dim in (
-        ("encoder", encoder, "pos_embed", config.embed_dim),
-        ("target_encoder", target_encoder, "pos_embed", config.embed_dim),
-        ("predictor", predictor, "predictor_pos_embed", config.predictor_dim),
-    ):
-        _check_positions(tensors.pop(table, None), dim, config)
-        weights |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    config = _released_sizes(encoder, num_heads)
+    config["predictor_dim"] = predictor["mask_token"].shape[-1]
+    config["predictor_depth"] = _layers(predictor, "predictor_blocks")
+    config = _config(config | {"predictor_heads": config["num_heads"]})
+    _check_positions(encoder.pop("pos_embed", None), config.embed_dim, config)
+    _check_positions(target_encoder.pop("pos_embed", None), config.embed_dim, config)
+    _check_positions(predictor.pop("predictor_pos_embed", None), config.predictor_dim, config)
+    weights = {f"encoder.{name}": x for name, x in encoder.items()}
+    weights |= {f"predictor.{name}": x for name, x in predictor.items()}
+    weights |= {f"target_encoder.{name}": x for name, x in target_encoder.items()}
     _on_meta(lambda: IJEPA(config), weights)
     model = IJEPA(config)
     model.load_state_dict(weights)
@@ -1403,8 +1469,8 @@ def _load(path: Path, mmap: bool):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Exception as error:  # unpicklers raise almost anything on damaged files
         # What torch says of pickles that it does not know is advice to trust them.
-        known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile) and str(error)
-        reason = str(error).splitlines()[0].split(". ")[0] if known else type(error).__name__
+        known = isinstance(error, RuntimeError | OSError | zipfile.BadZipFile)
+        reason = one_line(error).split(". ")[0] if known else type(error).__name__
         raise ValueError(
             f"is no checkpoint, or is truncated or damaged ({reason}): copy it again"
         ) from error
@@ -1417,8 +1483,7 @@ def _load(path: Path, mmap: bool):
 def _checked_archive(path: Path) -> list[str]:
     """What the pickle in a zip archive names, once the archive agrees with its checksums.
 
-    torch does not compare them, and loads whatever is there. All of the file is read, at a gigabyte
-    or more a second.
+    torch does not compare them. All of the file is read, at a gigabyte or more a second.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -1437,7 +1502,7 @@ def _old_names(path: Path) -> list[str]:
     with open(path, "rb") as file:
         for _ in range(5):
             names += _names(file)
-            if names and not all(map(PICKLED.fullmatch, names)):
+            if not all(map(PICKLED.fullmatch, names)):
                 break  # a pickle of something else need not have five parts
     return names
 
@@ -1456,14 +1521,14 @@ def _names(pickled: IO[bytes]) -> list[str]:
 
 
 def _need(found: Mapping, kinds: Mapping[str, type | UnionType]) -> None:
-    """Raise ValueError if an entry is missing or of another kind."""
+    """Refuse a file where an entry is missing or of another kind."""
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"lacks its {name}: it was not written as it should be, or altered")
 
 
 def _check_tensors(weights: object, part: str) -> None:
-    """Raise ValueError if this is no state dict of plain tensors, which the file does hold."""
+    """Refuse what is no state dict of plain tensors, which the file does hold."""
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"is no I-JEPA checkpoint: it has no weights called {part}")
     for name, x in weights.items():
@@ -1471,13 +1536,6 @@ def _check_tensors(weights: object, part: str) -> None:
         # A view can claim any size: of one number, repeated.
         if not plain or not x.is_floating_point() or x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"has no plain tensor of numbers for {name} in its {part}")
-
-
-def _released(checkpoint: object, part: str) -> dict[str, Tensor]:
-    """The state dict of one network of a released file, without `module.`."""
-    weights = checkpoint.get(part) if isinstance(checkpoint, Mapping) else None
-    _check_tensors(weights, part)
-    return {name.removeprefix("module."): x for name, x in weights.items()}
 
 
 def _layers(weights: Mapping[str, Tensor], blocks: str) -> int:
@@ -1507,20 +1565,19 @@ def _config(fields: Mapping) -> IJEPAConfig:
             f"has an architecture of another version, with {', '.join(unknown)}: use the version "
             "of this project that wrote it, or a newer one"
         )
-    for name, value in fields.items():
-        kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
-        values = value if name == "img_size" and isinstance(value, tuple) else (value,)
-        if not all(type(x) in kinds for x in values) or len(values) > 2:
-            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
-        if float in kinds and not 0 <= value < math.inf:
-            raise ValueError(f"has an impossible architecture: {name} is {value!r}")
     try:
+        for name, value in fields.items():
+            kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
+            values = value if name == "img_size" and isinstance(value, tuple) else (value,)
+            right = len(values) <= 2 and all(type(x) in kinds for x in values)
+            if not right or (float in kinds and not 0 <= value < math.inf):
+                raise ValueError(f"{name} is {value!r}")
         config = IJEPAConfig(**fields)
         patches = math.prod(grid_of(config.img_size, config.patch_size))
+        if patches > MAX_PATCHES:
+            raise ValueError(f"{patches:,} patches an image")
     except (ValueError, IndexError) as error:
         raise ValueError(f"has an impossible architecture: {error}") from error
-    if patches > MAX_PATCHES:
-        raise ValueError(f"has an impossible architecture: {patches:,} patches an image")
     return config
 
 
@@ -1560,23 +1617,9 @@ def _positions_off(stored: Tensor | None, dim: int, config: IJEPAConfig) -> floa
 
 
 def _check_positions(stored: Tensor | None, dim: int, config: IJEPAConfig) -> None:
-    """Raise ValueError if positions (1, N, dim) are not what we compute for their grid."""
+    """Refuse positions (1, N, dim) other than those we compute for their grid."""
     if off := _positions_off(stored, dim, config):
         raise ValueError(f"has other positions than sine and cosine (off by {off:.2g}): not I-JEPA")
-
-
-def _only_its_own_grid(encoder: ViT) -> None:
-    """For positions that we did not compute: let an encoder refuse pictures of another size."""
-    grid, patch_size = encoder.grid, encoder.patch_size
-
-    def check(_, inputs: tuple[Tensor]) -> None:
-        if (found := grid_of(inputs[0].shape[-2:], patch_size)) != grid:
-            raise ValueError(
-                f"this encoder knows the positions of {grid[0]}x{grid[1]} patches alone, "
-                f"not of {found[0]}x{found[1]}"
-            )
-
-    encoder.patch_embed.register_forward_pre_hook(check)
 
 
 def _frozen(c: IJEPAConfig, weights: Mapping[str, Tensor]) -> ViT:
@@ -1603,6 +1646,15 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def _note(holds: str, wanted: str, why: str = "the only one in the file") -> str:
+    """What to say if another encoder was wanted."""
+    paper = "; the paper evaluates the target encoder" if holds == "context" else ""
+    return "" if holds == wanted else f"this is the {holds} encoder, {why}{paper}"
+
+
+# Of train.py, and of the released code.
+
+
 def _architecture(checkpoint: object) -> IJEPAConfig:
     """The architecture of a checkpoint of train.py, which its weights must have."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -1618,6 +1670,26 @@ def _architecture(checkpoint: object) -> IJEPAConfig:
             raise ValueError(f"has {found} {blocks}, where its architecture has {depth}")
     _on_meta(lambda: IJEPA(config), weights)
     return config
+
+
+def _released(checkpoint: object, part: str) -> dict[str, Tensor]:
+    """The state dict of one network of a released file, without `module.`."""
+    weights = checkpoint.get(part) if isinstance(checkpoint, Mapping) else None
+    _check_tensors(weights, part)
+    return {name.removeprefix("module."): x for name, x in weights.items()}
+
+
+def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
+    """The architecture of a released encoder, from its tensors and from what is known of them."""
+    sizes, positions = _sizes(weights), weights.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        raise ValueError("is no released I-JEPA checkpoint: it lacks the positions")
+    width = sizes["embed_dim"]
+    known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
+    if num_heads is None and width not in known:
+        raise ValueError(f"has width {width}, which does not tell its heads: give num_heads")
+    img_size = math.isqrt(positions.shape[1]) * sizes["patch_size"]
+    return sizes | {"img_size": img_size, "num_heads": num_heads or known[width]}
 
 
 def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
@@ -1638,29 +1710,11 @@ def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
     weights = _released(checkpoint, NETWORKS[holds])
     config = _config(_released_sizes(weights, num_heads))
     _check_positions(weights.pop("pos_embed", None), config.embed_dim, config)
-    note = _note(holds, which)
-    return Loaded(_frozen(config, weights), "released", holds, _sha256([path]), note=note)
+    encoder, note = _frozen(config, weights), _note(holds, which)
+    return Loaded(encoder, "released", holds, _sha256([path]), note=note)
 
 
-def _note(holds: str, wanted: str, why: str = "the only one in the file") -> str:
-    """What to say if another encoder was wanted."""
-    paper = "; the paper evaluates the target encoder" if holds == "context" else ""
-    return "" if holds == wanted else f"this is the {holds} encoder, {why}{paper}"
-
-
-def _released_sizes(weights: Mapping[str, Tensor], num_heads: int | None) -> dict:
-    """The architecture of a released encoder, from its tensors and from what is known of them."""
-    sizes, positions = _sizes(weights), weights.get("pos_embed")
-    if positions is None or positions.ndim != 3:
-        raise ValueError("is no released I-JEPA checkpoint: it lacks the positions")
-    sizes["img_size"] = math.isqrt(positions.shape[1]) * sizes["patch_size"]
-    known = {model.config.embed_dim: model.config.num_heads for model in MODELS.values()}
-    sizes["num_heads"] = num_heads or known.get(sizes["embed_dim"])
-    if sizes["num_heads"] is None:
-        width = sizes["embed_dim"]
-        raise ValueError(f"has width {width}, which does not tell its heads: give num_heads")
-    return sizes
-
+# Of transformers and of `export`.
 
 LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)"  # any of the names
 # transformers' names of a layer's parts: in its files, and in its modules since version 5.
@@ -1685,15 +1739,6 @@ OURS = {theirs: ours for ours, names in HF_LAYER.items() for theirs in names}
 OURS |= {theirs: ours for ours, theirs in HF_OTHERS.items()}
 
 
-def _our_name(name: str) -> str:
-    """transformers' name of a tensor in ours; one that it does not know stays as it is."""
-    name = name.removeprefix("ijepa.")  # inside of a classifier
-    if found := re.fullmatch(LAYER, name):
-        layer, part, kind = found.groups()
-        return f"blocks.{layer}.{OURS.get(part, part)}.{kind}"
-    return OURS.get(name, name)
-
-
 def _load_huggingface(path: Path, which: str) -> Loaded:
     """The encoder of a folder of transformers or of `export`, or of one .safetensors file in it."""
     folder = path if path.is_dir() else path.parent
@@ -1706,20 +1751,7 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         kind = f"{config.get('model_type')}, {config.get('hidden_act', 'gelu')}"
         raise ValueError(f"is no I-JEPA model of transformers (its config.json says {kind})")
     files = _shards(folder) if path.is_dir() else [path]
-    weights, metadata = {}, {}
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                metadata |= opened.metadata() or {}
-                for name in opened.keys():  # noqa: SIM118, it is no dict
-                    weights[_our_name(name)] = opened.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(
-            f"has weights in {file.name} that are truncated or damaged ({error}): copy it again"
-        ) from error
-    # Of no concern: what a classifier has on top.
-    weights = {n: x for n, x in weights.items() if not n.startswith(("classifier.", "pooler."))}
-    _check_tensors(weights, "safetensors")
+    weights, metadata = _safetensors(files)
 
     sizes = _sizes(weights)
     for name, found in (
@@ -1729,21 +1761,15 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         ("num_channels", sizes["in_chans"]),
         ("patch_size", sizes["patch_size"]),
     ):
-        if config.get(name) not in (found, [found, found]):
-            said = config.get(name)
+        said = config.get(name)
+        if said not in (found, [found, found]):
             raise ValueError(f"has {name} {said} in its config.json, but {found} in its weights")
-    img_size = config.get("image_size")
-    c = _config(
-        sizes
-        | {"img_size": tuple(img_size) if isinstance(img_size, list) else img_size}
-        | {"num_heads": config.get("num_attention_heads")}
-        | {"norm_eps": config.get("layer_norm_eps")}
-    )
+    size = config.get("image_size")
+    sizes["img_size"] = tuple(size) if isinstance(size, list) else size
+    sizes["num_heads"] = config.get("num_attention_heads")
+    c = _config(sizes | {"norm_eps": config.get("layer_norm_eps")})
     positions = weights.pop("pos_embed", None)  # (1, N, D)
     off = _positions_off(positions, c.embed_dim, c)
-    for layer in range(c.depth):
-        for kind in ("weight", "bias"):  # three linear maps there, one here
-            _join(weights, [f"blocks.{layer}.attn.{x}.{kind}" for x in ("q", "k", "v", "qkv")])
 
     # Only our own files say which encoder they hold; transformers' and timm's converters of the
     # released files take the context encoder.
@@ -1756,20 +1782,56 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
     encoder.pos_embed = positions[0].float()  # a parameter there, so it may have been trained
     if off:
         _only_its_own_grid(encoder)
-        size = f"{encoder.grid[0]}x{encoder.grid[1]} patches"
-        own = f"its positions are not sine and cosine, so only pictures of {size} fit"
+        grid = f"{encoder.grid[0]}x{encoder.grid[1]} patches"
+        own = f"its positions are not sine and cosine, so only pictures of {grid} fit"
         note = f"{note}; {own}" if note else own
     return Loaded(encoder, "huggingface", holds, _sha256(files), note=note)
 
 
-def _join(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Put the first three tensors together to the fourth, in place, if they are there."""
-    parts = [weights.pop(name) for name in names[:3] if name in weights]
-    if not parts:
-        return
-    if len(parts) < 3 or len({x.shape for x in parts}) > 1:
-        raise ValueError(f"lacks one of {', '.join(names[:3])}, or has them of different shapes")
-    weights[names[3]] = torch.cat(parts)
+def _safetensors(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of an encoder by our names, and what the files say of themselves."""
+    weights, metadata = {}, {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                metadata |= opened.metadata() or {}
+                for name in opened.keys():  # noqa: SIM118, it is no dict
+                    ours = name.removeprefix("ijepa.")  # inside of a classifier
+                    if found := re.fullmatch(LAYER, ours):
+                        layer, part, kind = found.groups()
+                        ours = f"blocks.{layer}.{OURS.get(part, part)}.{kind}"
+                    if not ours.startswith(("classifier.", "pooler.")):  # on top of the encoder
+                        weights[OURS.get(ours, ours)] = opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"has weights in {file.name} that are truncated or damaged ({error}): copy it again"
+        ) from error
+    _check_tensors(weights, "safetensors")
+    # Three linear maps there, one here.
+    for start in {name.rpartition(".attn.")[0] for name in weights if ".attn." in name}:
+        for kind in ("weight", "bias"):
+            names = [f"{start}.attn.{x}.{kind}" for x in "qkv"]
+            parts = [weights.pop(name) for name in names if name in weights]
+            if parts and (len(parts) < 3 or len({x.shape for x in parts}) > 1):
+                names = ", ".join(names)
+                raise ValueError(f"lacks one of {names}, or has them of different shapes")
+            if parts:
+                weights[f"{start}.attn.qkv.{kind}"] = torch.cat(parts)
+    return weights, metadata
+
+
+def _only_its_own_grid(encoder: ViT) -> None:
+    """For positions that we did not compute: let an encoder refuse pictures of another size."""
+    grid, patch_size = encoder.grid, encoder.patch_size
+
+    def check(_, inputs: tuple[Tensor]) -> None:
+        if (found := grid_of(inputs[0].shape[-2:], patch_size)) != grid:
+            raise ValueError(
+                f"this encoder knows the positions of {grid[0]}x{grid[1]} patches alone, "
+                f"not of {found[0]}x{found[1]}"
+            )
+
+    encoder.patch_embed.register_forward_pre_hook(check)
 
 
 def _read_json(path: Path) -> dict:
@@ -1813,15 +1875,14 @@ def _from_hub(name: str) -> Path:
     try:
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise UserError(f"{missing}, and no such public model on Hugging Face") from error
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{missing}, and Hugging Face cannot be reached: check the network, or give a folder"
-        ) from error
     except Exception as error:  # of its network library, which has changed before
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{missing}, and Hugging Face did not give it ({reason})") from error
+        errors = huggingface_hub.errors
+        why = f"Hugging Face did not give it ({one_line(error)})"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            why = "no such public model on Hugging Face"
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            why = "Hugging Face cannot be reached: check the network, or give a folder"
+        raise UserError(f"{missing}, and {why}") from error
 
 
 def export(encoder: ViT, folder: Path, which: str) -> None:
@@ -1876,23 +1937,25 @@ def export(encoder: ViT, folder: Path, which: str) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "encoder": which}
-    for name, tensors in (("model.safetensors", theirs), ("timm.safetensors", weights)):
-        with whole_file(folder / name) as temporary:
-            try:
-                save_file(tensors, temporary, metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+    _save_tensors(folder / "model.safetensors", theirs, metadata)
+    _save_tensors(folder / "timm.safetensors", weights, metadata)
     # timm rounds the product down, so the quotient itself may give one less.
     ratios = (hidden / encoder.embed_dim, (hidden + 0.5) / encoder.embed_dim)
     ratio = next(r for r in ratios if int(encoder.embed_dim * r) == hidden)
-    readme = EXPORT_README.format(
-        **config, which=which, size=size, mlp_ratio=ratio, mean=MEAN, std=STD
-    )
-    for name, text in (
-        ("README.md", readme), ("config.json", json.dumps(config, indent=2) + "\n")
-    ):  # fmt: skip
-        with whole_file(folder / name) as temporary:
-            temporary.write_text(text)
+    values = config | {"which": which, "size": size, "mlp_ratio": ratio, "mean": MEAN, "std": STD}
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(EXPORT_README.format(**values))
+    with whole_file(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Write a .safetensors file; UserError if that fails."""
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # which is no OSError, on a full disk neither
+            raise OSError(str(error)) from error
 
 
 EXPORT_README = """\
@@ -1979,24 +2042,21 @@ def compare(
         for name, parts in features.items()
     }
     for task, (train_y, choose_y, report_y) in labels.items():
-        chance = report_y.bincount().max().item() / len(report_y)
         for name, (train_x, _, report_x) in features.items():
             prediction = knn(train_x, train_y, report_x, k=k)
             train_x, choose_x, report_x = narrowed[name]
-            probe = linear_probe(
+            best = linear_probe(
                 train_x, train_y, choose_x, choose_y, report_x, report_y,
                 heads=("bn",), rates=(0.1, 0.3, 1.0), decays=(5e-4,), epochs=10, min_steps=300,
-            )  # fmt: skip
-            rows.append(
-                {
-                    "features": name,
-                    "task": task,
-                    "knn": 100 * (prediction.weighted == report_y).double().mean().item(),
-                    "linear": 100 * probe.best.test_mean,
-                    "linear_std": 100 * probe.best.test_std,
-                    "chance": 100 * chance,
-                }
-            )
+            ).best  # fmt: skip
+            figures = {
+                "knn": accuracy(prediction.weighted, report_y),
+                "linear": best.test_mean,
+                "linear_std": best.test_std,
+                "chance": report_y.bincount().max().item() / len(report_y),
+            }
+            percent = {measured: 100 * value for measured, value in figures.items()}
+            rows.append({"features": name, "task": task} | percent)
     return rows
 
 
@@ -2171,8 +2231,7 @@ def kept(path: Path | None, compute: Callable[[], Tensor], place: Place) -> Tens
     if path is not None and place.main:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            save_file({"features": computed}, temporary)
+        _save_tensors(path, {"features": computed})
     return computed
 
 
@@ -2183,90 +2242,9 @@ def untrained(encoder: ViT, init_std: float = 0.02, seed: int = 0) -> ViT:
         torch.manual_seed(seed)
         init_weights(fresh, fresh.blocks, init_std)
     for module in fresh.modules():
-        if isinstance(module, torch.nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     return fresh
-
-
-# -------------------------------------------------------------------------------------- low-shot
-
-
-def low_shot_sample(
-    labels: Tensor,
-    names: Sequence[str],
-    fraction: float | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Some pictures of each class: (n,) labels -> sorted places (n_sample,), stratified.
-
-    Args:
-        names: of the classes.
-        fraction: the share of each class, rounded, or `per_class`: their number; one of the two.
-        seed: which sample.
-    Raises:
-        UserError: a class would be absent, or has fewer pictures than are wanted.
-    """
-    order = torch.randperm(len(labels), generator=generator_for("low-shot", seed))
-    chosen = []
-    for label, name in enumerate(names):
-        places = order[labels[order] == label]
-        wanted = round(fraction * len(places)) if per_class is None else per_class
-        if wanted < 1:
-            raise UserError(
-                f"--fraction {fraction:g} leaves none of the {len(places)} pictures of class "
-                f"{name!r}: raise it, or use --per-class"
-            )
-        if wanted > len(places):
-            raise UserError(f"--per-class {wanted}: class {name!r} has only {len(places)} pictures")
-        chosen.append(places[:wanted])
-    return torch.cat(chosen).sort().values
-
-
-def low_shot_probe(
-    train_x: Mapping[str, Tensor],
-    train_y: Tensor,
-    report_x: Mapping[str, Tensor],
-    report_y: Tensor,
-    num_classes: int,
-    device: torch.device,
-) -> tuple[float, dict]:
-    """A linear probe that sees no other labels than these few, not even to choose its settings.
-
-    They are chosen by cross-validation within the sample, in five stratified parts, or fewer if a
-    class has fewer pictures; of equals, the strongest decay. One head then learns from all of it.
-    With one picture of some class there is nothing to choose on: the setting is then the last
-    layer, linear, with the strongest decay but one.
-
-    Returns:
-        The accuracy in [0, 1], and the setting.
-    """
-    counts = train_y.bincount(minlength=num_classes)
-    folds = min(5, int(counts[counts > 0].min()))
-    rank = torch.empty_like(train_y)  # the number of a picture among those of its class
-    for label in range(num_classes):
-        rank[train_y == label] = torch.arange(int(counts[label]))
-    more = {"num_classes": num_classes, "device": device, "progress": False}
-    scores: dict[tuple, float] = {}
-    for fold in range(folds) if folds > 1 else ():
-        held = rank % folds == fold
-        probe = linear_probe(
-            {name: x[~held] for name, x in train_x.items()}, train_y[~held],
-            {name: x[held] for name, x in train_x.items()}, train_y[held], seeds=1, **more,
-        )  # fmt: skip
-        for row in probe.grid:
-            scores[row[:4]] = scores.get(row[:4], 0.0) + row.val[0] * int(held.sum())
-    setting = (next(iter(train_x)), "linear", RATES[0], DECAYS[-2])
-    if scores:
-        setting = max(scores, key=lambda s: (scores[s], s[3]))  # few pictures, many equals
-    feature, head, rate, decay = setting
-    x, report = {feature: train_x[feature]}, {feature: report_x[feature]}
-    probe = linear_probe(
-        x, train_y, x, train_y, report, report_y,
-        heads=(head,), rates=(rate,), decays=(decay,), seeds=1, **more,
-    )  # fmt: skip
-    chosen = {"feature": feature, "head": head, "rate": rate, "decay": decay}
-    return probe.best.test[0], chosen
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -2293,9 +2271,8 @@ def draw_confusion(path: Path, matrix: Tensor, names: Sequence[str], title: str)
     share, names = share[shown][:, shown], [names[int(i)] for i in shown]
     side = 3 + 0.55 * len(names)
     figure, axis = plt_subplots(figsize=(side, side * 0.92), layout="constrained")
-    axis.imshow(
-        share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10
-    )  # roots: small shares are seen too
+    # Roots, so that small shares are seen too.
+    axis.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10)
     for i, row in enumerate(share.tolist()):
         for j, value in enumerate(row):
             if value >= 0.5:
@@ -2344,7 +2321,7 @@ def draw_neighbours(
             axis.set_title(name, fontsize=11, color=colour)
             for side in axis.spines.values():
                 side.set(color=colour, linewidth=2 if j else 0)
-    share = 100 * (predicted == report_y).double().mean().item()
+    share = 100 * accuracy(predicted, report_y)
     figure.suptitle(
         f"first column: pictures reported on; then their nearest training pictures, "
         f"(in parentheses) of another class\n{neighbours.shape[1]}-NN accuracy {share:.1f} %",
@@ -2447,7 +2424,7 @@ class ProbeConfig:
 
 def configure(argv: list[str] | None = None) -> ProbeConfig:
     """The command line, checked."""
-    config, given = parse_options(ProbeConfig, __doc__, argv)
+    config, given = parse_options(ProbeConfig, __doc__.partition("\nHow to find")[0], argv)
     if config.checkpoint is None:
         raise UserError(
             "which encoder? Give a checkpoint: python probe.py runs/NAME --data cifar10"
@@ -2470,8 +2447,11 @@ def configure(argv: list[str] | None = None) -> ProbeConfig:
     for name in ("per_class", "images", "k", "layers", "seeds", "epochs", "batch_size", "img_size"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    if config.workers is not None and config.workers < 0:
-        raise UserError(f"--workers is {config.workers}: it must be at least 0")
+    if config.lr is not None and not config.lr > 0:
+        raise UserError(f"--lr is {config.lr:g}: it must be positive")
+    for name in ("workers", "weight_decay"):
+        if (value := getattr(config, name)) is not None and not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
     return config
 
 
@@ -2493,6 +2473,9 @@ class Setup:
 
     layers = property(lambda self: min(self.config.layers, len(self.loaded.encoder.blocks)))
     trained = property(lambda self: f"{self.loaded.which} encoder")
+    hardware = property(
+        lambda self: torch.cuda.get_device_name() if self.place.device.type == "cuda" else "CPU"
+    )
 
     @property
     def encoders(self) -> dict[str, ViT | None]:
@@ -2520,20 +2503,22 @@ def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Se
         if config.task not in tasks:
             raise UserError(f"{name} has no task {config.task!r}: choose from {', '.join(tasks)}")
         tasks = {config.task: tasks[config.task]}
-    samples = {task: [torch.arange(len(sets.bank))] for task in tasks}
+    samples = {}
     for task, names in tasks.items():
         bank_y, report_y = sets.labels(task)
         fit_y = bank_y[sets.fit]
+        samples[task], learned = [torch.arange(len(sets.bank))], [sets.fit]
         if config.low_shot:
-            samples[task] = [
+            samples[task] = learned = [
                 sets.fit[low_shot_sample(fit_y, names, config.fraction, config.per_class, seed)]
                 for seed in range(config.seeds or 3)
             ]
-        for places in samples[task]:
-            learned = places if config.low_shot else sets.fit
-            check_labels(task, names, bank_y[learned], report_y)
-            if (k := neighbours_asked(config)) > len(places):
-                raise UserError(f"--k {k}: there are only {len(places)} pictures to look among")
+        for places in learned:
+            check_labels(task, names, bank_y[places], report_y)
+        fewest = min(len(places) for places in samples[task])
+        # By default a sample with fewer pictures than 20 is looked through whole.
+        if (k := config.k or (1 if config.low_shot else 20)) > fewest:
+            raise UserError(f"--k {k}: there are only {fewest} pictures to look among")
     bf16 = bf16_pays(encoder.embed_dim, place.device) if config.bf16 is None else config.bf16
     workers = cores() if config.workers is None else config.workers
     kept_in = cache if config.cache else None
@@ -2546,11 +2531,6 @@ def data_name(config: ProbeConfig, loaded: Loaded) -> str:
     if name is None:
         raise UserError(f"{config.checkpoint} does not say what it was trained on: give --data")
     return name
-
-
-def neighbours_asked(config: ProbeConfig) -> int:
-    """k; low-shot samples may have fewer pictures than the 20 that it is by default."""
-    return config.k or (1 if config.low_shot else 20)
 
 
 def describe(setup: Setup) -> str:
@@ -2568,13 +2548,12 @@ def describe(setup: Setup) -> str:
         "augment": "linear probe on random crops",
         "finetune": "fine-tuning",
     }[config.protocol]
-    where = torch.cuda.get_device_name() if setup.place.device.type == "cuda" else "CPU"
     precision = "bfloat16 autocast" if setup.bf16 else "float32"
     lines = [
         f"encoder  {config.checkpoint}: {loaded.which}, {size:.2f} M parameters{step}",
         f"pictures {learn}, {len(sets.report)} to report on ({sets.reported}), {setup.size} pixels",
         f"protocol {how}",
-        f"device   {where} x {setup.place.world_size}, {precision}",
+        f"device   {setup.hardware} x {setup.place.world_size}, {precision}",
     ]
     return "\n".join(lines + ([f"note     {loaded.note}"] if loaded.note else []))
 
@@ -2604,8 +2583,7 @@ def report_row(
 
 def setting_of(choice: Choice) -> dict:
     """The settings of a linear probe, and what it scored on the pictures they were chosen on."""
-    names = ("feature", "head", "rate", "decay", "val")
-    return {name: getattr(choice, name) for name in names}
+    return {name: getattr(choice, name) for name in GridRow._fields}
 
 
 def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, Tensor]:
@@ -2636,18 +2614,13 @@ def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, T
     return found[0], found[1]
 
 
-def weights_hash(network: torch.nn.Module) -> str:
+def weights_hash(network: nn.Module) -> str:
     """A name for these very weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of right answers: (n,) and (n,) -> [0, 1]."""
-    return (predicted.cpu() == labels.cpu()).double().mean().item()
 
 
 def probe_frozen(setup: Setup) -> Found:
@@ -2687,7 +2660,7 @@ def _all_labels(setup: Setup, task: str, last, bank_x, report_x) -> tuple:
     """One task with all labels: figures, settings, neighbours, and predictions of one head."""
     config, sets = setup.config, setup.sets
     bank_y, report_y = sets.labels(task)
-    classes, k = len(setup.tasks[task]), neighbours_asked(config)
+    classes, k = len(setup.tasks[task]), config.k or 20
     found = knn(last[0], bank_y, last[1], k, config.temperature, classes)
     fit, choose = sets.fit, sets.choose
     best = linear_probe(
@@ -2732,64 +2705,59 @@ def examples(setup: Setup, task: str, learn: Tensor) -> tuple[Examples, Examples
     """What one task learns from (places in the bank), chooses on and reports on."""
     sets = setup.sets
     bank_y, report_y = sets.labels(task)
-    learned, chosen = (
-        Examples(sets.train, sets.bank[places], bank_y[places]) for places in (learn, sets.choose)
+    return (
+        Examples(sets.train, sets.bank[learn], bank_y[learn]),
+        Examples(sets.train, sets.bank[sets.choose], bank_y[sets.choose]),
+        Examples(sets.test, sets.report, report_y),
     )
-    return learned, chosen, Examples(sets.test, sets.report, report_y)
 
 
-def probe_augmented(setup: Setup) -> Found:
-    """The sweep of linear heads on random crops, by all processes; raw pixels are not cropped."""
-    config, crops = setup.config, {}
-    if setup.name in WHOLE_PICTURES:
-        crops["crop_scale"] = (1.0, 1.0)
-    rows, predictions = [], None
+def probe_trained(setup: Setup, measure: Callable) -> Found:
+    """A protocol that runs pictures through the encoders; raw pixels have no part in it.
+
+    measure: (setup, encoder, task) -> figures, settings, and predictions (n_report,) of one head.
+    """
+    rows, predictions = [], []
     for name, encoder in setup.encoders.items():
         if encoder is None:
             continue
-        for task, names in setup.tasks.items():
+        for task in setup.tasks:
             try:
-                best = augmented_probe(
-                    encoder, *examples(setup, task, setup.sets.fit), setup.place,
-                    num_classes=len(names), layers=setup.layers, seeds=config.seeds or 3,
-                    epochs=config.epochs or 50, batch_size=config.batch_size, size=setup.size,
-                    bf16=setup.bf16, workers=setup.workers, **crops,
-                ).best  # fmt: skip
+                figures, chosen, predicted = measure(setup, encoder, task)
             except ValueError as error:  # features that are not finite
                 raise UserError(f"{name}: {error}") from error
-            figures = {"linear probe, crops": list(best.test)}
-            rows.append(report_row(setup, name, task, figures, [setting_of(best)]))
-            if name == setup.trained and predictions is None:
-                predictions = best.predictions[0]
-    return Found(rows, predictions=predictions)
+            rows.append(report_row(setup, name, task, figures, chosen))
+            if name == setup.trained:
+                predictions.append(predicted)
+    return Found(rows, predictions=predictions[0])
 
 
-def probe_fine_tuned(setup: Setup) -> Found:
-    """The whole network trained, from the encoder's weights and from untrained ones.
+def augmented(setup: Setup, encoder: ViT, task: str) -> tuple:
+    """The sweep of linear heads on random crops."""
+    crops = {"crop_scale": (1.0, 1.0)} if setup.name in WHOLE_PICTURES else {}
+    best = augmented_probe(
+        encoder, *examples(setup, task, setup.sets.fit), setup.place,
+        num_classes=len(setup.tasks[task]), layers=setup.layers, seeds=setup.config.seeds or 3,
+        epochs=setup.config.epochs or 50, batch_size=setup.config.batch_size, size=setup.size,
+        bf16=setup.bf16, workers=setup.workers, **crops,
+    ).best  # fmt: skip
+    return {"linear probe, crops": list(best.test)}, [setting_of(best)], best.predictions[0]
 
-    With few labels once for each sample, otherwise once for each seed.
-    """
-    config, recipe = setup.config, fine_tuning(setup)
-    rows, predictions = [], None
-    for name, encoder in setup.encoders.items():
-        if encoder is None:
-            continue
-        for task, names in setup.tasks.items():
-            samples = setup.samples[task] if config.low_shot else [setup.sets.fit]
-            scores, last = [], None
-            for number, places in enumerate(samples):
-                seeds = [number] if config.low_shot else config.seeds or 1
-                last = fine_tune(
-                    encoder, *examples(setup, task, places), setup.place, recipe,
-                    num_classes=len(names), seeds=seeds, size=setup.size, bf16=setup.bf16,
-                    workers=setup.workers,
-                )  # fmt: skip
-                scores += last.test
-            setting = {"fine-tuning": dataclasses.asdict(recipe)}
-            rows.append(report_row(setup, name, task, {"fine-tuned": scores}, [setting]))
-            if name == setup.trained and predictions is None:
-                predictions = last.predictions[0]
-    return Found(rows, predictions=predictions)
+
+def fine_tuned(setup: Setup, encoder: ViT, task: str) -> tuple:
+    """The whole network trained: with few labels once for each sample, else for each seed."""
+    config, recipe, scores = setup.config, fine_tuning(setup), []
+    samples = setup.samples[task] if config.low_shot else [setup.sets.fit]
+    for number, places in enumerate(samples):
+        tuned = fine_tune(
+            encoder, *examples(setup, task, places), setup.place, recipe,
+            num_classes=len(setup.tasks[task]),
+            seeds=[number] if config.low_shot else config.seeds or 1,
+            size=setup.size, bf16=setup.bf16, workers=setup.workers,
+        )  # fmt: skip
+        scores += tuned.test
+    setting = {"fine-tuning": dataclasses.asdict(recipe)}
+    return {"fine-tuned": scores}, [setting], tuned.predictions[0]
 
 
 def fine_tuning(setup: Setup) -> FineTuneConfig:
@@ -2816,8 +2784,9 @@ def format_report(rows: list[dict]) -> str:
         for row in of_task:
             cells = ""
             for name in columns:
-                mean, spread = mean_std(row["figures"].get(name, ()))
-                cell = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(row["figures"][name]) > 1 else "")
+                values = row["figures"][name]
+                mean, spread = mean_std(values)
+                cell = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
                 cells += f"  {cell:>14}"
             chosen = "; ".join(dict.fromkeys(_in_words(setting) for setting in row["chosen"]))
             lines.append(f"{row['features']:{width}}{cells}   {chosen}")
@@ -2849,23 +2818,17 @@ def main() -> None:
 def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
     """Features, classifiers, the table and the pictures."""
     begin = time.perf_counter()
-    home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
-    if loaded.kind == "ijepa":  # beside the run
-        home = Path(config.checkpoint)
-        home = home if home.is_dir() else home.parent
-    variant = [Path(data_name(config, loaded)).name, config.protocol, loaded.which]
-    few = config.fraction if config.per_class is None else f"{config.per_class}_a_class"
-    variant = [str(x) for x in (*variant, few) if x not in ("frozen", "target", None)]
-    out = Path(config.out) if config.out else home / "_".join(["probe", *variant])
+    out, cache = folders(config, loaded)
     if place.main:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-
-    setup = set_up(config, loaded, place, home / "features")
-    protocol = {"frozen": probe_frozen, "augment": probe_augmented, "finetune": probe_fine_tuned}
+    setup = set_up(config, loaded, place, cache)
     if place.main:
         tqdm.write(describe(setup))
-    found = protocol[config.protocol](setup)
+    if config.protocol == "frozen":
+        found = probe_frozen(setup)
+    else:
+        found = probe_trained(setup, fine_tuned if config.finetune else augmented)
     if not place.main:
         return
     table = format_report(found.rows)
@@ -2878,6 +2841,19 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
     tqdm.write(f"\nreport and pictures: {out} ({seconds:.0f} s)")
 
 
+def folders(config: ProbeConfig, loaded: Loaded) -> tuple[Path, Path]:
+    """Where the report goes, and where features are kept."""
+    home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
+    if loaded.kind == "ijepa":  # beside the run
+        home = Path(config.checkpoint)
+        home = home if home.is_dir() else home.parent
+    few = config.fraction if config.per_class is None else f"{config.per_class}_a_class"
+    variant = (Path(data_name(config, loaded)).name, config.protocol, loaded.which, few)
+    variant = [str(x) for x in variant if x not in ("frozen", "target", None)]
+    out = Path(config.out) if config.out else home / "_".join(["probe", *variant])
+    return out, home / "features"
+
+
 def draw_found(setup: Setup, found: Found, out: Path) -> None:
     """confusion.png, neighbours.png and pca.png, those that the protocol has something for."""
     task, names = next(iter(setup.tasks.items()))
@@ -2886,39 +2862,29 @@ def draw_found(setup: Setup, found: Found, out: Path) -> None:
         title = f"{setup.trained}, {[*found.rows[-1]['figures']][-1]}"
         draw_confusion(out / "confusion.png", matrix, names, title)
     if found.neighbours is not None:
-        near = found.neighbours
-        draw_neighbours(out / "neighbours.png", setup.sets, task, near.neighbours, near.weighted)
+        rows, predicted = found.neighbours.neighbours, found.neighbours.weighted
+        draw_neighbours(out / "neighbours.png", setup.sets, task, rows, predicted)
     encoders = {name: encoder for name, encoder in setup.encoders.items() if encoder is not None}
     draw_patches(out / "pca.png", encoders, setup.sets, setup.place, setup.size)
 
 
 def account(setup: Setup, found: Found, seconds: float) -> dict:
     """Everything that is needed to repeat the evaluation, and what came of it."""
-    config, loaded, sets, device = setup.config, setup.loaded, setup.sets, setup.place.device
+    config, loaded, sets = setup.config, setup.loaded, setup.sets
+    checkpoint = {"path": config.checkpoint, "encoder": loaded.which}
+    for name in ("kind", "sha256", "note", "step", "config"):
+        checkpoint[name] = getattr(loaded, name)
+    pictures = {"name": setup.name, "size": setup.size, "reported": sets.reported}
+    pictures |= {part: len(getattr(sets, part)) for part in ("fit", "choose", "report")}
+    pictures["fingerprints"] = [fingerprint(sets.train), fingerprint(sets.test)]
     return {
         "command": shlex.join(["python", "probe.py", *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "checkpoint": {
-            "path": config.checkpoint,
-            "kind": loaded.kind,
-            "sha256": loaded.sha256,
-            "encoder": loaded.which,
-            "note": loaded.note,
-            "step": loaded.step,
-            "config": loaded.config,
-        },
-        "pictures": {
-            "name": setup.name,
-            "fingerprints": [fingerprint(sets.train), fingerprint(sets.test)],
-            "fit": len(sets.fit),
-            "choose": len(sets.choose),
-            "report": len(sets.report),
-            "reported": sets.reported,
-            "size": setup.size,
-        },
+        "checkpoint": checkpoint,
+        "pictures": pictures,
         "options": dataclasses.asdict(config),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": setup.hardware,
         "processes": setup.place.world_size,
         "bf16": setup.bf16,
         "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},

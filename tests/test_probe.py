@@ -50,7 +50,7 @@ def test_pooled_features_do_not_depend_on_batch_size(encoder):
 def test_pooled_features_in_bf16_are_close_and_can_train_a_head(encoder):
     images = torch.randn(8, 3, 16, 16)
     exact = probe.pooled_features(encoder, [images])
-    rough = probe.pooled_features(encoder, [images], bf16=True, keep_on_device=True)
+    rough = probe.pooled_features(encoder, [images], bf16=True)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.05
     head = torch.nn.Linear(24, 2)
@@ -333,11 +333,13 @@ def test_seeds_repeat_and_differ():
     assert len(first.val) == len(first.test) == 3
 
 
-def test_evaluation_does_not_depend_on_the_chunk():
+def test_evaluation_does_not_depend_on_the_chunk(monkeypatch):
     data = thirds(*blobs(900, 12, 4, distance=0.3))
-    whole, parts = (
-        probe.linear_probe(*data, rates=[0.1], min_steps=50, chunk=chunk) for chunk in (7, 10_000)
-    )
+    found = []
+    for chunk in (7, 10_000):
+        monkeypatch.setattr(probe, "CHUNK", chunk)
+        found.append(probe.linear_probe(*data, rates=[0.1], min_steps=50))
+    parts, whole = found
     assert whole.grid == parts.grid
     assert whole.best.test == parts.best.test
 

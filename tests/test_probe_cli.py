@@ -290,6 +290,19 @@ def test_kept_features_that_are_damaged_are_computed_again_and_said(run, picture
     assert "computed again" not in capsys.readouterr().err
 
 
+def test_features_that_cannot_be_kept_are_said_in_one_line(tmp_path, monkeypatch):
+    """On a full disk safetensors raises an error of its own kind."""
+
+    def full(*args, **kwargs):
+        raise probe.SafetensorError("I/O error: no space left on device")
+
+    monkeypatch.setattr(probe, "save_file", full)
+    path = tmp_path / "features" / "x.safetensors"
+    with pytest.raises(UserError, match=r"could not be written .*no space left"):
+        probe.kept(path, lambda: torch.ones(3, 4), HERE)
+    assert list(path.parent.iterdir()) == []
+
+
 def test_features_do_not_depend_on_the_batch(run, pictures):
     encoder = probe.load_encoder(str(run)).encoder
     made = data.load_data(str(pictures), img_size=16)
@@ -542,6 +555,8 @@ def fails(capsys, *argv) -> str:
         (["{run}", "--data", "{pictures}", "--per-class", "41"], r"'blue' has only \d\d"),
         (["{run}", "--data", "{pictures}", "--images", "3"], "too few|only"),
         (["{run}", "--data", "{pictures}", "--temperature", "0"], "must be positive"),
+        (["{run}", "--data", "{pictures}", "--finetune", "--lr", "-1"], "--lr is -1.*positive"),
+        (["{run}", "--data", "{pictures}", "--finetune", "--weight-decay", "nan"], "decay is nan"),
         (["{run}", "--data", "{pictures}", "--frobnicate"], "unrecognized"),
     ],
 )

@@ -115,10 +115,11 @@ def test_a_head_without_errors_stays_finite():
     for _ in range(500):
         stack.step(x, y, 1.0)
     assert stack.weight.isfinite().all() and stack.bias.isfinite().all()
-    assert stack.predict(x, 10).flatten().tolist() == [0, 1]
+    assert stack.predict(x).flatten().tolist() == [0, 1]
 
 
-def test_batch_norm_predicts_with_the_average_of_all_steps_moments():
+def test_batch_norm_predicts_with_the_average_of_all_steps_moments(monkeypatch):
+    monkeypatch.setattr(probe, "CHUNK", 64)
     stack = probe._LARSHeads("bn", 5, 2, [(1.0, 0.0)], [0], 1.0, torch.device("cpu"))
     batches = [3 + 2 * torch.randn(40, 5) * (i + 1) for i in range(4)]
     for x in batches:
@@ -128,7 +129,7 @@ def test_batch_norm_predicts_with_the_average_of_all_steps_moments():
     x = torch.randn(200, 5) * 4
     logits = (x.numpy() - mean) / np.sqrt(variance) @ stack.weight[0, 0].T.numpy()
     logits += stack.bias[0, 0, :, 0].numpy()
-    assert stack.predict(x, 64)[0, 0].tolist() == logits.argmax(1).tolist()
+    assert stack.predict(x)[0, 0].tolist() == logits.argmax(1).tolist()
     weight, bias = stack.folded(0)
     np.testing.assert_allclose(x @ weight[0].T + bias[0], logits, atol=1e-4)
 
