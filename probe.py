@@ -2402,7 +2402,9 @@ class ProbeConfig:
 
     k: int | None = option(None, "neighbours (default: 20)")
     temperature: float = option(0.07, "of their weights, exp(similarity / temperature)")
-    layers: int = option(4, "linear probe: the last layer, and so many concatenated")
+    layers: int | None = option(
+        None, "linear probe: the last layer, and so many concatenated (default: 4, or all)"
+    )
     seeds: int | None = option(None, "of heads and low-shot samples (default: 3; fine-tuning: 1)")
     epochs: int | None = option(None, "of --augment and --finetune")
     batch_size: int | None = option(None, "of --augment and --finetune")
@@ -2444,6 +2446,12 @@ def configure(argv: list[str] | None = None) -> ProbeConfig:
     for name, other in needs.items():
         if name in given and not (config.finetune or (other == "augment" and config.augment)):
             raise UserError(f"--{name.replace('_', '-')} needs --{other}")
+    unused = {"k", "temperature"} if config.augment else set()
+    unused = {"k", "temperature", "layers"} if config.finetune else unused
+    if unused & given:
+        raise UserError(
+            f"--{min(unused & given)} has no effect with --{config.protocol}: leave it out"
+        )
     for name in ("per_class", "images", "k", "layers", "seeds", "epochs", "batch_size", "img_size"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -2471,7 +2479,7 @@ class Setup:
     workers: int
     cache: Path | None  # folder
 
-    layers = property(lambda self: min(self.config.layers, len(self.loaded.encoder.blocks)))
+    layers = property(lambda self: self.config.layers or min(4, len(self.loaded.encoder.blocks)))
     trained = property(lambda self: f"{self.loaded.which} encoder")
     hardware = property(
         lambda self: torch.cuda.get_device_name() if self.place.device.type == "cuda" else "CPU"
@@ -2519,6 +2527,8 @@ def set_up(config: ProbeConfig, loaded: Loaded, place: Place, cache: Path) -> Se
         # By default a sample with fewer pictures than 20 is looked through whole.
         if (k := config.k or (1 if config.low_shot else 20)) > fewest:
             raise UserError(f"--k {k}: there are only {fewest} pictures to look among")
+    if (config.layers or 1) > len(encoder.blocks):
+        raise UserError(f"--layers {config.layers}: the encoder has {len(encoder.blocks)}")
     bf16 = bf16_pays(encoder.embed_dim, place.device) if config.bf16 is None else config.bf16
     workers = cores() if config.workers is None else config.workers
     kept_in = cache if config.cache else None

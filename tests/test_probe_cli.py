@@ -546,6 +546,8 @@ def fails(capsys, *argv) -> str:
         (["{run}", "--data", "{pictures}", "--augment", "--per-class", "3"], "all labels"),
         (["{run}", "--data", "{pictures}", "--lr", "1"], "--lr needs --finetune"),
         (["{run}", "--data", "{pictures}", "--epochs", "3"], "--epochs needs --augment"),
+        (["{run}", "--data", "{pictures}", "--layers", "4"], "--layers 4: the encoder has 3"),
+        (["{run}", "--data", "{pictures}", "--finetune", "--k", "3"], "no effect with --finetune"),
         (["{run}", "--data", "{pictures}", "--k", "0"], "--k is 0: it must be at least 1"),
         (["{run}", "--data", "{pictures}", "--k", "121"], "only 120 pictures"),
         (["{run}", "--data", "{pictures}", "--img-size", "18"], "--img-size 18"),

@@ -52,7 +52,8 @@ def place(tmp_path_factory):
 
 
 # The same for probe.py, and what stands for the run, and for files that would be downloaded.
-SHORT_PROBE = ["--images", "40", "--k", "5", "--workers", "0", "--device", "cpu"]
+SHORT_PROBE = ["--images", "40", "--workers", "0", "--device", "cpu"]
+K = ["--k", "5"]
 INSTEAD = {
     "runs/vit_tiny_cifar10": "runs/0",
     "runs/vit_huge_imagenet": "runs/0",
@@ -73,7 +74,7 @@ def shortened(command: str) -> list[str]:
     words[0] = sys.executable
     if probed:
         slow = {"--augment", "--finetune"} & set(words)
-        return words + SHORT_PROBE + (["--epochs", "1", "--batch-size", "16"] if slow else [])
+        return words + SHORT_PROBE + (["--epochs", "1", "--batch-size", "16"] if slow else K)
     replaced = {"vit_small": "vit_nano", "vit_tiny": "vit_nano", "vit_huge": "vit_nano"}
     if "vit_huge" in words:  # its recipe's data, which another model's would not be
         words += ["--data", "imagenet"]
