@@ -86,6 +86,9 @@ def train(name: str, *options: str) -> Path:
     return out
 
 
+EVAL = ("--eval-images", "1000", "--eval-every", "25" if FAST else "50")
+
+
 def show(axis, picture, seen=None, grid=None, title: str = "", colour: str | None = None) -> None:
     """A picture, grey where it is hidden, without ticks.
 
