@@ -45,12 +45,7 @@ from ijepa import IJEPA, IJEPAConfig, MaskCollator, cosine
 # The I-JEPA model is the one of notebook 3, if it was run, and is trained for a minute otherwise.
 
 # %%
-out = classroom.RUNS / "03_ijepa"
-if not (out / "last.pt").is_file():
-    out = classroom.train(
-        "03_ijepa", "--steps", "300" if classroom.FAST else "500", *classroom.EVAL
-    )
-checkpoint = probe.read_checkpoint(out / "last.pt")
+checkpoint = probe.read_checkpoint(classroom.small_run() / "last.pt")
 torch.manual_seed(0)
 model = IJEPA(IJEPAConfig(**checkpoint["architecture"])).eval().requires_grad_(False)
 model.load_state_dict(checkpoint["model"])
@@ -237,14 +232,15 @@ early = errors["of another picture"][0] - errors["right condition"][0]
 assert early < 0.2 * (errors["of another picture"][-1] - errors["right condition"][-1])
 
 # %% [markdown]
-# > **Question.** The condition was shuffled among *pictures*, not among the four blocks of a picture.
-# > What would the comparison say if we shuffled the blocks of one picture?
+# > **Question.** The condition was shuffled among *pictures*, not among the four blocks of a
+# > picture. What would the comparison say if we shuffled the blocks of one picture?
 
 # %% [markdown]
 # ## Samples (Figure 6)
 #
-# Each row is a block of a picture that was never trained on. The predictor sees the context only. The
-# true block stands in its frame; beside it are six samples with the same vector and different noise.
+# Each row is a block of a picture that was never trained on. The predictor sees the context only.
+# The true block stands in its frame; beside it are six samples with the same vector and different
+# noise.
 
 # %%
 SHOWN, SAMPLES = 7, 6

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FAST = os.environ.get("IJEPA_FAST") == "1"  # for the tests: shorter runs, the same assertions
 RUNS = ROOT / "runs" / ("notebooks_fast" if FAST else "notebooks")
+EVAL = ("--eval-images", "1000", "--eval-every", "25" if FAST else "50")  # of each run
 PACKAGES = ("torch", "torchvision", "einops", "safetensors", "matplotlib", "tqdm", "ipywidgets")
 
 # Okabe and Ito's colours, told apart by the colour-blind too; the first two are those of probe.py.
@@ -86,7 +87,13 @@ def train(name: str, *options: str) -> Path:
     return out
 
 
-EVAL = ("--eval-images", "1000", "--eval-every", "25" if FAST else "50")
+def small_run() -> Path:
+    """The first run of notebook 3: `vit_nano` on `shapes`, trained for a minute if it is absent."""
+    out = RUNS / "03_ijepa"
+    if not (out / "last.pt").is_file():
+        print("training vit_nano for a minute (notebook 3 leaves it for the others)")
+        train(out.name, "--steps", "300" if FAST else "500", *EVAL)
+    return out
 
 
 def show(axis, picture, seen=None, grid=None, title: str = "", colour: str | None = None) -> None:
@@ -112,3 +119,18 @@ def show(axis, picture, seen=None, grid=None, title: str = "", colour: str | Non
     axis.set_title(title, fontsize=13, color=colour or "black")
     for side in axis.spines.values():
         side.set(visible=colour is not None, color=colour, linewidth=3)
+
+
+def display_file(path: Path, width: int = 800) -> None:
+    """A picture that a script has written, at most `width` pixels wide, as a JPEG: small."""
+    import io
+
+    from IPython.display import Image, display
+    from PIL import Image as Picture
+
+    with Picture.open(path) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((width, 10 * width))
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=85)
+    display(Image(jpeg.getvalue(), format="jpeg"))
