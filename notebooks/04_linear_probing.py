@@ -102,9 +102,10 @@ print(f"linear probe: pixels {pixels:.1f}, untrained {untrained:.1f}, trained {t
 
 # %% [markdown]
 # On `shapes` the untrained encoder finds look-alikes as well as the trained one: random features of
-# two pictures with the same pattern are alike (`results/shapes.md`). And with the last *four* layers,
-# which the probe may choose, much can be read off random features too; with the last layer alone, as
-# in notebook 3, far less. Without the untrained encoder beside it, a good figure would prove nothing.
+# two pictures with the same pattern are alike (`results/shapes.md`). And with the last *four*
+# layers, which the probe may choose, much can be read off random features too; with the last layer
+# alone, as in notebook 3, far less. Without the untrained encoder beside it, a good figure would
+# prove nothing.
 #
 # > **Question.** The linear probe sees labels, nearest neighbours see them too. Which of the two
 # > could still succeed if every class fell into several separate clusters?

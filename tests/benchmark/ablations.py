@@ -6,7 +6,7 @@
     python tests/benchmark/ablations.py --minutes 0                           show the commands
 
 Each line is written when its run is done, and rows that are there are not run again: what was
-stopped goes on where it was. Rows with the same options, such as the default that stands in six
+stopped goes on where it was. Rows with the same options, such as the default that stands in eight
 tables, are run once.
 """
 
