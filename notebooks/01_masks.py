@@ -269,12 +269,18 @@ widgets.interactive(
 # %% [markdown]
 # ## Exercises
 #
-# The solutions are in the folded cells: click on the three dots.
+# Each solution is folded: click on "1 cell hidden" below its heading.
+
+# %% [markdown]
+# ### Exercise 1
 #
-# **1.** How many different shapes can a target block take on the grid of 14 x 14, and how many on
+# How many different shapes can a target block take on the grid of 14 x 14, and how many on
 # the 8 x 8 of CIFAR-10? How many patches has the smallest, and the largest?
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 1
+
+# %% tags=["solution"]
 for side in (14, 8):
     shapes = block_shapes((side, side), (0.15, 0.2), (0.75, 1.5)).unique(dim=0)
     areas = shapes.prod(1)
@@ -282,11 +288,16 @@ for side in (14, 8):
     assert len(shapes) > 3 and areas.min() >= 0.1 * side**2 and areas.max() <= 0.25 * side**2
 
 # %% [markdown]
-# **2.** Four targets of 17.5 % each do not hide 70 % of the picture, since they overlap. If each
+# ### Exercise 2
+#
+# Four targets of 17.5 % each do not hide 70 % of the picture, since they overlap. If each
 # patch were in each block with probability 0.175 independently of where it is, what share would be
 # hidden? How much is it in truth, and why is it less?
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 2
+
+# %% tags=["solution"]
 independent = 1 - (1 - 0.175) ** 4
 measured = float(target_share.mean())
 print(f"independent: {independent:.1%}, measured: {measured:.1%}")
@@ -295,10 +306,15 @@ print(f"independent: {independent:.1%}, measured: {measured:.1%}")
 assert 0.40 < measured < independent
 
 # %% [markdown]
-# **3.** What is the largest context that `MaskCollator` grants beside 1, 2, 4 and 8 targets? It
+# ### Exercise 3
+#
+# What is the largest context that `MaskCollator` grants beside 1, 2, 4 and 8 targets? It
 # refuses what half of all draws would not leave.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 3
+
+# %% tags=["solution"]
 
 
 def largest_context(num_targets: int) -> int:

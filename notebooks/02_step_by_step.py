@@ -281,18 +281,31 @@ assert all(1.9 < size[".mlp."] / size[".attn."] < 2.1 for size in sizes.values()
 # %% [markdown]
 # ## Exercises
 #
-# **1.** How many numbers are predicted for one picture, and how many would it be in pixels?
+# Each solution is folded: click on "1 cell hidden" below its heading.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown]
+# ### Exercise 1
+#
+# How many numbers are predicted for one picture, and how many would it be in pixels?
+
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 1
+
+# %% tags=["solution"]
 _, blocks, places, width = targets.shape
 print(f"{blocks} x {places} x {width} = {blocks * places * width} numbers")
 print(f"{blocks} x {places} x {3 * 8 * 8} = {blocks * places * 3 * 8 * 8} in pixels")
 assert blocks * places * width == predictions[0].numel()
 
 # %% [markdown]
-# **2.** What happens to the predictions if the context patches are given in another order?
+# ### Exercise 2
+#
+# What happens to the predictions if the context patches are given in another order?
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 2
+
+# %% tags=["solution"]
 fresh = model.predictions(images, context_idx, target_idx)
 shuffled = model.predictions(images, context_idx.flip(1), target_idx)
 print(f"largest difference: {(fresh - shuffled).abs().max():.1e}")
@@ -300,10 +313,15 @@ print(f"largest difference: {(fresh - shuffled).abs().max():.1e}")
 assert torch.allclose(fresh, shuffled, atol=1e-5)
 
 # %% [markdown]
-# **3.** A run has 1,000 steps. Which momentum lets the target encoder forget half of its weights in
+# ### Exercise 3
+#
+# A run has 1,000 steps. Which momentum lets the target encoder forget half of its weights in
 # 5 % of the run? Check it by moving it so many times towards an encoder that stands still.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 3
+
+# %% tags=["solution"]
 momentum = 0.5 ** (1 / 50)
 print(f"momentum {momentum:.4f}")
 start = model.target_encoder.state_dict()[name := "blocks.0.mlp.fc1.weight"].clone()

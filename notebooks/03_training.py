@@ -170,7 +170,7 @@ table(runs["without stop-gradient"])
 # %% [markdown]
 # ## What is seen
 
-# %%
+# %% tags=["results/class_collapse.png"]
 curves(runs)
 
 # %%
@@ -209,10 +209,18 @@ for label in ("without EMA", "without stop-gradient"):
 # %% [markdown]
 # ## Exercises
 #
-# **1.** What are RankMe and spread of features that are all equal, and of features that differ in
+# Each solution is folded: click on "1 cell hidden" below its heading.
+
+# %% [markdown]
+# ### Exercise 1
+#
+# What are RankMe and spread of features that are all equal, and of features that differ in
 # every way (Gaussian noise)? Compute it for 2,000 pictures and D = 96.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 1
+
+# %% tags=["solution"]
 generator = torch.Generator().manual_seed(0)
 equal = torch.ones(2000, 96)
 noise = torch.randn(2000, 96, generator=generator)
@@ -222,10 +230,15 @@ assert abs(probe.rankme(equal) - 1) < 0.01 and probe.feature_std(equal) < 1e-6
 assert probe.rankme(noise) > 90 and abs(probe.feature_std(noise) - 96**-0.5) < 0.003
 
 # %% [markdown]
-# **2.** Why does 20-NN accuracy survive the collapse? Take features of the good run, centre them,
+# ### Exercise 2
+#
+# Why does 20-NN accuracy survive the collapse? Take features of the good run, centre them,
 # and add to all of them one and the same long vector. What happens to 20-NN, RankMe and spread?
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 2
+
+# %% tags=["solution"]
 pictures = load_data("shapes", count=4000)
 bank, queries = hold_out(pictures)
 kinds = pictures.labels["kind"]
@@ -246,10 +259,15 @@ for length in (0, 1, 100):
 assert ranks[2] < 5 < ranks[0] and accuracy[2] > accuracy[0] - 20
 
 # %% [markdown]
-# **3.** How early could one have known? Find the first evaluation at which RankMe is below a third
+# ### Exercise 3
+#
+# How early could one have known? Find the first evaluation at which RankMe is below a third
 # of what it was at the start, in the two runs that collapse, and in the good one.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 3
+
+# %% tags=["solution"]
 for label, out in runs.items():
     steps, ranks = column(out, "rankme")
     fallen = [step for step, rank in zip(steps, ranks, strict=True) if rank < ranks[0] / 3]

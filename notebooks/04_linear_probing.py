@@ -195,10 +195,18 @@ if DATA == "shapes":
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Write 1-nearest-neighbour classification by cosine similarity in three lines, and compare
+# Each solution is folded: click on "1 cell hidden" below its heading.
+
+# %% [markdown]
+# ### Exercise 1
+#
+# Write 1-nearest-neighbour classification by cosine similarity in three lines, and compare
 # it with `probe.knn`.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 1
+
+# %% tags=["solution"]
 import numpy as np
 
 bank, report = probe.features_of(setup, setup.trained, setup.encoders[setup.trained])
@@ -209,9 +217,14 @@ print(f"the same for {same.mean():.1%} of the pictures")
 assert same.mean() > 0.995  # but for ties and rounding
 
 # %% [markdown]
-# **2.** Which two classes are confused most often?
+# ### Exercise 2
+#
+# Which two classes are confused most often?
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 2
+
+# %% tags=["solution"]
 errors = matrix - torch.diag(matrix.diagonal())
 true, taken = divmod(int(errors.argmax()), len(names))
 share = int(errors.max()) / int(matrix[true].sum())
@@ -221,10 +234,15 @@ assert true != taken and int(errors.max()) == max(
 )
 
 # %% [markdown]
-# **3.** How do you know that the test pictures did not leak into the training pictures? Shuffle the
+# ### Exercise 3
+#
+# How do you know that the test pictures did not leak into the training pictures? Shuffle the
 # labels to learn from, and see what is left.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 3
+
+# %% tags=["solution"]
 order = torch.randperm(len(bank_y), generator=generator_for("shuffled labels"))
 found_with = probe.knn(bank, bank_y[order], report).weighted
 shuffled = 100 * probe.accuracy(found_with, report_y)

@@ -8,7 +8,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 6. Ablations: which choice matters?
 #
@@ -242,11 +241,19 @@ assert points["9", "0.4-1.0"][1] > points["9", "0.85-1.0"][1]  # a small context
 # %% [markdown]
 # ## Exercises
 #
-# **1.** ImageNet has 50,000 validation pictures, and our report has 250 to 1,250. How large is the
+# Each solution is folded: click on "1 cell hidden" below its heading.
+
+# %% [markdown]
+# ### Exercise 1
+#
+# ImageNet has 50,000 validation pictures, and our report has 250 to 1,250. How large is the
 # standard error of an accuracy of 54.2 % in each case? Which differences in Table 9 exceed two of
 # them?
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 1
+
+# %% tags=["solution"]
 for pictures in (50_000, 1_250, 250):
     error = 100 * (0.542 * (1 - 0.542) / pictures) ** 0.5
     print(f"{pictures:6} pictures: ± {error:.2f} points")
@@ -256,10 +263,15 @@ gaps = [b - a for a, b in pairwise(accuracies)]
 assert min(gaps) > 2 * error  # all of them, as far as the choice of pictures goes: not of the seed
 
 # %% [markdown]
-# **2.** Which choice matters most, and which least, in the paper? Compare best and worst row of
+# ### Exercise 2
+#
+# Which choice matters most, and which least, in the paper? Compare best and worst row of
 # each table.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 2
+
+# %% tags=["solution"]
 span = {}
 for table, rows in tables.items():
     accuracies = [float(row["top1"]) for row in rows]
@@ -269,9 +281,14 @@ for table, points_apart in sorted(span.items(), key=lambda item: -item[1]):
 assert max(span, key=span.get) == "10" and min(span, key=span.get) == "13"
 
 # %% [markdown]
-# **3.** Print the commands for Table 7 with `vit_tiny` on CIFAR-10, 10,000 steps, three seeds.
+# ### Exercise 3
+#
+# Print the commands for Table 7 with `vit_tiny` on CIFAR-10, 10,000 steps, three seeds.
 
-# %% jupyter={"outputs_hidden": true, "source_hidden": true} tags=["solution"]
+# %% [markdown] jp-MarkdownHeadingCollapsed=true
+# #### Solution 3
+
+# %% tags=["solution"]
 wanted = ablations.AblationConfig(
     model="vit_tiny", data="cifar10", steps=10_000, seeds=3, tables="7"
 )

@@ -1,9 +1,12 @@
 """Execute the notebooks: NAME.py is the source, NAME.ipynb beside it is made from it.
 
+A cell with the tag results/NAME.png leaves its picture there too, for the README.
+
 python notebooks/build.py                 all of them
 python notebooks/build.py 01_masks        some
 """
 
+import base64
 import sys
 import time
 from pathlib import Path
@@ -59,8 +62,20 @@ def execute(notebook: NotebookNode, folder: Path = HERE, timeout: int = 1800) ->
                 output["data"] = {"text/plain": "(sliders: run this cell)"}
 
 
+def tagged_pictures(notebook: NotebookNode) -> dict[str, bytes]:
+    """The pictures that cells leave for the README: path in the project -> PNG."""
+    return {
+        tag: base64.b64decode(output["data"]["image/png"])
+        for cell in notebook.cells
+        for tag in cell.metadata.get("tags", ())
+        if tag.endswith(".png")
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    }
+
+
 def build(name: str) -> None:
-    """Write NAME.ipynb."""
+    """Write NAME.ipynb, and the pictures that it has for the README."""
     start = time.perf_counter()
     notebook = read(name)
     execute(notebook)
@@ -68,6 +83,9 @@ def build(name: str) -> None:
     if len(text) > LIMIT:
         sys.exit(f"{name}.ipynb has {len(text)} bytes, more than {LIMIT}: smaller pictures, please")
     (HERE / f"{name}.ipynb").write_text(text)
+    for path, picture in tagged_pictures(notebook).items():
+        (HERE.parent / path).parent.mkdir(exist_ok=True)
+        (HERE.parent / path).write_bytes(picture)
     print(f"{name}.ipynb: {time.perf_counter() - start:.0f} s, {len(text) / 1e3:.0f} kB")
 
 
