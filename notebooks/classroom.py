@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FAST = os.environ.get("IJEPA_FAST") == "1"  # for the tests: shorter runs, the same assertions
 RUNS = ROOT / "runs" / ("notebooks_fast" if FAST else "notebooks")
-EVAL = ("--eval-images", "1000", "--eval-every", "25" if FAST else "50")  # of each run
+EVAL = ("--eval-images", "1000", "--eval-every", "50")  # of each run
 PACKAGES = ("torch", "torchvision", "einops", "safetensors", "matplotlib", "tqdm", "ipywidgets")
 
 # Okabe and Ito's colours, told apart by the colour-blind too; the first two are those of probe.py.
