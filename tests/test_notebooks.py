@@ -1,0 +1,220 @@
+"""The notebooks: text and saved form agree, they run from a clean kernel, and nothing is repeated.
+
+Packages that only the notebooks need may be absent: then these tests are skipped, and say so.
+"""
+
+import ast
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+jupytext = pytest.importorskip("jupytext", reason="pip install -r tests/requirements.txt")
+nbformat = pytest.importorskip("nbformat", reason="pip install -r tests/requirements.txt")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import build  # noqa: E402
+
+# Small networks and variants that are the subject of an experiment, and belong to no module.
+EXPERIMENTS = {
+    "03_training": {"WithoutStopGradient": "IJEPA"},
+    "05_what_the_predictor_sees": {"Decoder": "Module"},
+}
+FORBIDDEN = (str(ROOT), "/home/", "/root/", "/tmp/", "Traceback", "it/s]", " at 0x")
+
+
+@pytest.fixture(params=build.NAMES)
+def name(request) -> str:
+    return request.param
+
+
+def saved(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def code(name: str) -> list[ast.Module]:
+    """Each code cell of the text form."""
+    cells = jupytext.read(NOTEBOOKS / f"{name}.py", fmt="py:percent").cells
+    return [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
+
+
+def described(notebook: nbformat.NotebookNode) -> list[tuple]:
+    """What the two forms share: kind, source, tags and folding of each cell."""
+    return [(cell.cell_type, cell.source, dict(cell.metadata)) for cell in notebook.cells]
+
+
+def test_all_notebooks_are_listed():
+    found = {path.stem for path in NOTEBOOKS.glob("[0-9]*")}
+    assert found == set(build.NAMES)
+
+
+def test_text_and_notebook_agree_cell_by_cell(name):
+    text = jupytext.read(NOTEBOOKS / f"{name}.py", fmt="py:percent")
+    assert described(saved(name)) == described(text), "python notebooks/build.py " + name
+
+
+def test_saved_notebooks_are_executed_small_and_of_no_machine(name):
+    notebook, text = saved(name), (NOTEBOOKS / f"{name}.ipynb").read_text()
+    nbformat.validate(notebook)
+    assert len(text) < build.LIMIT
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code_cells]
+    assert counts == list(range(1, len(counts) + 1))  # top to bottom, once
+    outputs = [output for cell in code_cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    written = [output.get("text", "") + str(output.get("data", "")) for output in outputs]
+    for words in FORBIDDEN:
+        assert not [text for text in written if words in text], words
+    assert all(output.get("text", "").count("\n") < 40 for output in outputs)  # no wall of logs
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}  # no versions, no times
+
+
+def test_pictures_of_the_readme_are_those_of_the_notebooks():
+    pictures = {}
+    for name in build.NAMES:
+        pictures |= build.tagged_pictures(saved(name))
+    assert set(pictures) == {"results/class_collapse.png", "results/class_predictor.png"}
+    for path, picture in pictures.items():
+        assert (ROOT / path).read_bytes() == picture
+        assert f"]({path})" in (ROOT / "README.md").read_text()
+
+
+def test_each_has_questions_three_solved_exercises_and_assertions(name):
+    cells = saved(name).cells
+    places = [i for i, cell in enumerate(cells) if "solution" in cell.metadata.get("tags", ())]
+    solutions = [cells[i] for i in places]
+    assert len(solutions) == 3
+    for number, i in enumerate(places, start=1):
+        assert "assert " in cells[i].source
+        heading = cells[i - 1]  # folded: so is what stands below it, and its output
+        assert heading.source == f"#### Solution {number}"
+        assert heading.metadata["jp-MarkdownHeadingCollapsed"] is True
+        assert cells[i - 2].source.startswith(f"### Exercise {number}\n")
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert text.count("**Question.**") >= 2
+    others = [cell.source for cell in cells if cell not in solutions and cell.cell_type == "code"]
+    assert sum("assert " in source for source in others) >= 2
+
+
+def test_no_cell_repeats_what_the_project_has(name):
+    """No function or class of theirs is defined again, and no network but those of experiments."""
+    taken = {
+        node.name
+        for module in ("ijepa", "data", "train", "probe")
+        for node in ast.parse((ROOT / f"{module}.py").read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    imported, networks = set(), {}
+    for cell in code(name):
+        for node in ast.walk(cell):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert node.name not in taken, node.name
+            if isinstance(node, ast.ClassDef) and node.bases:
+                networks[node.name] = ast.unparse(node.bases[0]).split(".")[-1]
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    assert networks == EXPERIMENTS.get(name, {})
+    assert imported & {"ijepa", "data", "train", "probe"} or name == "06_ablations"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of what the notebooks need: what they write stays out of the working tree."""
+    root = tmp_path_factory.mktemp("project")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, root)
+    (root / "notebooks").mkdir()
+    for path in NOTEBOOKS.glob("*.py"):
+        shutil.copy(path, root / "notebooks")
+    for path in ROOT.glob("results/*.csv"):
+        (root / "results").mkdir(exist_ok=True)
+        shutil.copy(path, root / "results")
+    (root / "tests" / "benchmark").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "benchmark" / "ablations.py", root / "tests" / "benchmark")
+    return root
+
+
+def test_it_runs_from_a_clean_kernel(name, project):
+    """In fast mode: shorter runs, the same assertions. No network, no data, no earlier run."""
+    pytest.importorskip("ipykernel", reason="pip install -r requirements.txt")
+    environment = dict(os.environ, IJEPA_FAST="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, str(project / "notebooks" / "build.py"), name]
+    done = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+TINY = "--batch-size 8 --eval-images 40 --eval-every 2 --predictor-depth 1 --device cpu"
+TINY += " --workers 0"
+
+
+def ablate(out: Path, *more: str) -> subprocess.CompletedProcess:
+    """ablations.py on Table 7, two tiny runs of noise pictures."""
+    script = ROOT / "tests" / "benchmark" / "ablations.py"
+    command = [sys.executable, str(script), "--tables", "7", "--steps", "2", "--out", str(out)]
+    return subprocess.run(
+        [*command, "--options", TINY, *more],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_ablations_add_a_line_for_each_row_and_run_none_twice(tmp_path):
+    for label, low in (("dark", 0), ("light", 100)):
+        (tmp_path / "set" / "train" / label).mkdir(parents=True)
+        for i in range(40):
+            pixels = np.random.default_rng(i).integers(low, low + 100, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / "train" / label / f"{i}.png")
+    data = ("--data", str(tmp_path / "set"))
+    out = tmp_path / "ablations.csv"
+
+    shown = ablate(out, "--minutes", "0", *data)
+    assert shown.returncode == 0 and not out.exists()
+    commands = [line.split(": ", 1)[1] for line in shown.stdout.splitlines()]
+    assert len(commands) == 2 and "--target pixels" in commands[1]
+    assert all(command.startswith("python train.py --model vit_nano") for command in commands)
+
+    done = ablate(out, "--minutes", "5", *data)
+    assert done.returncode == 0, done.stderr
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["table"], row["setting"]) for row in rows] == [
+        ("7", "representation"),
+        ("7", "pixels"),
+    ]
+    assert [row["command"] for row in rows] == commands
+    assert str(tmp_path) not in out.read_text()  # no path of a machine
+    assert all(0 <= float(row[name]) <= 100 for row in rows for name in ("knn", "linear"))
+
+    again = ablate(out, "--minutes", "5", *data)
+    assert (again.returncode, again.stdout) == (0, "")  # nothing left to do
+    with open(out, newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+
+
+def test_ablations_without_a_limit_or_with_unknown_tables_say_so_in_one_line(tmp_path):
+    for more, words in (((), "--minutes"), (("--minutes", "0", "--tables", "5"), "6 to 14")):
+        done = ablate(tmp_path / "none.csv", *more)
+        assert done.returncode == 2
+        assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_missing_packages_are_named_in_one_line(monkeypatch):
+    error = pytest.importorskip("IPython.core.error", reason="pip install -r requirements.txt")
+    import classroom
+
+    monkeypatch.setattr(classroom, "PACKAGES", ("torch", "a_package_that_is_not_there"))
+    with pytest.raises(error.UsageError, match=r"^missing: a_package_that_is_not_there\. Run "):
+        classroom.begin()
