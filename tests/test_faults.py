@@ -410,20 +410,26 @@ def test_if_no_checkpoint_but_the_best_is_whole_it_is_offered(begun):
     finished(begun, "--resume", *HERE)
 
 
-def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
-    """At 300 places of a checkpoint, most of them in what describes its records."""
-    path = tmp_path / "last.pt"
-    small = ijepa.IJEPAConfig(
+def small_checkpoint() -> dict:
+    """What train.py would save of a model of a few hundred weights."""
+    config = ijepa.IJEPAConfig(
         16, 8, 3, 8, 1, 1, predictor_dim=4, predictor_depth=1, predictor_heads=1
     )
-    model = ijepa.IJEPA(small).state_dict()
-    wanted = {"format": train.probe.CHECKPOINT_FORMAT, "config": {}, "model": model, "step": 1}
-    wanted |= {
-        "architecture": dataclasses.asdict(small),
+    return {
+        "format": train.probe.CHECKPOINT_FORMAT,
+        "config": {},
+        "architecture": dataclasses.asdict(config),
+        "model": ijepa.IJEPA(config).state_dict(),
         "optimizer": {},
         "pictures": 1,
+        "step": 1,
         "best_knn": 0.0,
     }
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """At 300 places of a checkpoint, most of them in what describes its records."""
+    path, wanted = tmp_path / "last.pt", small_checkpoint()
     train.save(path, wanted)
     whole, noticed = path.read_bytes(), 0
     chance = random.Random(0)
@@ -855,14 +861,15 @@ def test_odd_mask_settings_give_masks_or_errors(given_):
 
 
 def test_damaged_checkpoints_are_read_or_errors(tmp_path):
-    state = {"format": train.probe.CHECKPOINT_FORMAT, "x": torch.arange(30), "y": [1, "two"]}
-    train.save(tmp_path / "last.pt", state)
+    train.save(tmp_path / "last.pt", small_checkpoint())
     whole = (tmp_path / "last.pt").read_bytes()
     places = st.tuples(st.integers(0, len(whole)), st.integers(0, 255))
 
     @MODERATE
     @given(st.lists(places, max_size=4), st.integers(0, 2 * len(whole)))
     def check(edits, length):
-        check_checkpoint(tmp_path / "last.pt", whole, edits, length)
+        accepted.append(check_checkpoint(tmp_path / "last.pt", whole, edits, length))
 
+    accepted = []
     check()
+    assert 0 < sum(accepted) < len(accepted)  # some are whole: both ways have been tried

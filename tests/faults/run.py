@@ -253,7 +253,7 @@ def fuzz(count: int = 3000) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "last.pt"
-        train.save(path, {"format": train.probe.CHECKPOINT_FORMAT, "x": torch.arange(30)})
+        train.save(path, faults.small_checkpoint())
         whole = path.read_bytes()
         places = st.tuples(st.integers(0, len(whole)), st.integers(0, 255))
 
