@@ -253,7 +253,7 @@ def try_masks(scale: float, aspect: float, num_targets: int, context: int) -> No
 
 try_masks(scale=0.175, aspect=1.0, num_targets=4, context=25)
 
-# %%
+# %% tags=["skip-execution"]
 import ipywidgets as widgets
 
 wide = {"style": {"description_width": "11em"}, "layout": {"width": "32em"}}

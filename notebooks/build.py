@@ -26,7 +26,7 @@ NAMES = (
     "06_ablations",
 )
 LIMIT = 1_000_000  # bytes of an .ipynb
-WIDGET = "application/vnd.jupyter.widget-view+json"
+SKIPPED = "skip-execution"  # nbclient heeds this tag: sliders need a reader, and may hang without
 
 
 def read(name: str, folder: Path = HERE) -> NotebookNode:
@@ -56,10 +56,9 @@ def execute(notebook: NotebookNode, folder: Path = HERE, timeout: int = 1800) ->
     notebook.metadata["language_info"] = {"name": "python"}  # the kernel adds its version
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            # A slider needs its kernel: readers see the picture above it, and a line instead.
-            if WIDGET in output.get("data", {}):
-                output["data"] = {"text/plain": "(sliders: run this cell)"}
+        if SKIPPED in cell.metadata.get("tags", ()):
+            text = {"text/plain": "(sliders: run this cell)"}
+            cell["outputs"] = [nbformat.v4.new_output("display_data", text)]
 
 
 def tagged_pictures(notebook: NotebookNode) -> dict[str, bytes]:

@@ -67,7 +67,9 @@ def test_saved_notebooks_are_executed_small_and_of_no_machine(name):
     nbformat.validate(notebook)
     assert len(text) < build.LIMIT
     code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    counts = [cell.execution_count for cell in code_cells]
+    executed = [c for c in code_cells if build.SKIPPED not in c.metadata.get("tags", ())]
+    assert len(code_cells) - len(executed) == (name == "01_masks")  # its sliders
+    counts = [cell.execution_count for cell in executed]
     assert counts == list(range(1, len(counts) + 1))  # top to bottom, once
     outputs = [output for cell in code_cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
@@ -152,7 +154,7 @@ def test_it_runs_from_a_clean_kernel(name, project):
     environment = dict(os.environ, IJEPA_FAST="1", OMP_NUM_THREADS="1")
     command = [sys.executable, str(project / "notebooks" / "build.py"), name]
     done = subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, timeout=900
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
