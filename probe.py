@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from types import UnionType
@@ -2485,7 +2485,12 @@ class Setup:
         lambda self: torch.cuda.get_device_name() if self.place.device.type == "cuda" else "CPU"
     )
 
-    @property
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """Of the pictures to learn from and of those reported on."""
+        return [fingerprint(self.sets.train), fingerprint(self.sets.test)]
+
+    @cached_property
     def encoders(self) -> dict[str, ViT | None]:
         """What is compared; None stands for the pixels."""
         encoder, config = self.loaded.encoder, self.loaded.config or {}
@@ -2602,14 +2607,15 @@ def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, T
     On the main process; the others may get empty tensors.
     """
     sets, place, found = setup.sets, setup.place, []
-    for data, index in ((sets.train, sets.bank), (sets.test, sets.report)):
+    parts = ((sets.train, sets.bank), (sets.test, sets.report))
+    for (data, index), pictures in zip(parts, setup.fingerprints, strict=True):
         if encoder is None:
             batches = eval_batches(data, index, 500, place.device, setup.workers)
             found.append(torch.cat([pixels(x) for x in batches]) if place.main else torch.empty(0))
             continue
         key = (
-            weights_hash(encoder), setup.layers, setup.size, setup.bf16, place.device.type,
-            fingerprint(data), index.tolist(),
+            encoder_hash(encoder), setup.layers, setup.size, setup.bf16, place.device.type,
+            pictures, index.tolist(),
         )  # fmt: skip
         digest = hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()
         compute = partial(
@@ -2624,10 +2630,11 @@ def features_of(setup: Setup, name: str, encoder: ViT | None) -> tuple[Tensor, T
     return found[0], found[1]
 
 
-def weights_hash(network: nn.Module) -> str:
-    """A name for these very weights."""
+def encoder_hash(encoder: ViT) -> str:
+    """A name for this very encoder: weights, positions, and what the weights do not tell."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in network.state_dict().items():
+    digest.update(repr((encoder.blocks[0].attn.num_heads, encoder.norm.eps)).encode())
+    for name, tensor in (encoder.state_dict() | dict(encoder.named_buffers())).items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -2886,7 +2893,7 @@ def account(setup: Setup, found: Found, seconds: float) -> dict:
         checkpoint[name] = getattr(loaded, name)
     pictures = {"name": setup.name, "size": setup.size, "reported": sets.reported}
     pictures |= {part: len(getattr(sets, part)) for part in ("fit", "choose", "report")}
-    pictures["fingerprints"] = [fingerprint(sets.train), fingerprint(sets.test)]
+    pictures["fingerprints"] = setup.fingerprints
     return {
         "command": shlex.join(["python", "probe.py", *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -276,6 +276,20 @@ def test_other_weights_or_pictures_or_options_have_other_features(
     assert calls
 
 
+@pytest.mark.parametrize("change", ["heads", "epsilon", "positions"])
+def test_encoders_of_the_same_weights_that_differ_otherwise_are_told_apart(run, change):
+    encoder, other = (probe.load_encoder(str(run)).encoder for _ in range(2))
+    assert probe.encoder_hash(encoder) == probe.encoder_hash(other)
+    if change == "heads":
+        for block in other.blocks:
+            block.attn.num_heads = 3
+    elif change == "epsilon":
+        other.norm.eps = 1e-12
+    else:
+        other.pos_embed = other.pos_embed.flip(0)
+    assert probe.encoder_hash(encoder) != probe.encoder_hash(other)
+
+
 def test_kept_features_that_are_damaged_are_computed_again_and_said(run, pictures, capsys):
     argv = [run, "--data", pictures, "--k", "5", "--no-baselines", "--seeds", "1"]
     script(*argv)
