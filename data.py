@@ -37,6 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -271,6 +272,31 @@ def bf16_pays(embed_dim: int, device: torch.device) -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return embed_dim >= 192 and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+class _AttentionFormula(TorchFunctionMode):
+    """Attention as two matrix products and a softmax in between, instead of one fused kernel."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k, v = args  # (B, h, N, d) each
+            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return function(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, bf16: bool) -> Iterator[None]:
+    """For a forward pass with gradients: bfloat16 autocast if asked for.
+
+    On a CPU that takes attention apart, too: the gradient of PyTorch's fused kernel for CPUs is
+    several times slower in bfloat16 than the products that it consists of (README, Speed).
+    """
+    apart = bf16 and device.type == "cpu"
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        _AttentionFormula() if apart else contextlib.nullcontext(),
+    ):
+        yield
 
 
 # ------------------------------------------------------------------------------------- crops

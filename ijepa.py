@@ -527,9 +527,8 @@ class IJEPA(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * encoder, after each optimizer step."""
-        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
-        for target, online in pairs:
-            target.lerp_(online, 1 - momentum)
+        targets, online = self.target_encoder.parameters(), self.encoder.parameters()
+        torch._foreach_lerp_(list(targets), list(online), 1 - momentum)  # a loop over both
 
 
 # ------------------------------------------------------------ schedules and optimizer (App. A.1)

@@ -82,6 +82,7 @@ from data import (
     Place,
     Plan,
     UserError,
+    autocast,
     bf16_pays,
     cores,
     default_sizes,
@@ -1097,7 +1098,7 @@ def _fine_tune(
             images, targets = mixed(images, targets, config, (seed, "mix", step))
             last = micro == accum - 1
             with nullcontext() if last or wrapped is network else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with autocast(device, bf16):
                     logits = wrapped(images)
                 smoothing = config.label_smoothing
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) / accum

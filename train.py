@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -48,6 +48,7 @@ from data import (
     Plan,
     StoppedError,
     UserError,
+    autocast,
     bf16_pays,
     cores,
     default_sizes,
@@ -132,7 +133,8 @@ class TrainConfig:
     clutter: float = option(1.0, "how busy the pictures of --data shapes are")
 
     bf16: bool | None = option(None, "autocast to bfloat16 (default: where it pays)")
-    compile: bool | None = option(None, "torch.compile (default: on a GPU)")
+    compile: bool | None = option(None, "torch.compile each layer (default: on a GPU)")
+    graphs: bool = option(False, "CUDA graphs: for a small model that one GPU waits for")
     shard: bool = option(False, "weights and optimizer state in parts, one a process (FSDP2)")
     checkpoint_activations: bool = option(False, "compute them twice: less memory, more time")
     workers: int | None = option(None, "processes that decode pictures (default: one a core)")
@@ -149,8 +151,8 @@ class TrainConfig:
 
 # These may change when a run is resumed: they change what is computed by rounding at most.
 FREE = {
-    "data_dir", "out", "resume", "auto_resume", "accum_steps", "bf16", "compile", "workers",
-    "device", "shard", "checkpoint_activations", "timeout", "eval_every", "eval_images",
+    "data_dir", "out", "resume", "auto_resume", "accum_steps", "bf16", "compile", "graphs",
+    "workers", "device", "shard", "checkpoint_activations", "timeout", "eval_every", "eval_images",
     "save_every", "log_every", "wandb",
 }  # fmt: skip
 
@@ -362,9 +364,8 @@ class Evaluation:
         if mine:
             batches = self.batches(torch.cat([part for part, *_ in mine]), 256)
             for images, (part, *idx) in zip(batches, mine, strict=True):
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                    # Not the compiled form, which would be compiled again for these shapes.
-                    loss = model.forward(images, *(x.to(images.device) for x in idx))
+                with autocast(images.device, bf16):
+                    loss = model(images, *(x.to(images.device) for x in idx))
                 total += loss.double().cpu() * len(part)
         if self.place.world_size > 1:
             total = total.to(self.place.device)
@@ -578,6 +579,73 @@ class Signals:
         return int(before[0])
 
 
+# ------------------------------------------------------------- the same numbers in less time
+# What each of these brings, and what it was measured on, is in the README under Speed.
+
+
+def layers(model: IJEPA) -> Iterator[torch.nn.Module]:
+    """Every layer of the three networks."""
+    networks = model.encoder.blocks, model.predictor.predictor_blocks, model.target_encoder.blocks
+    return itertools.chain(*networks)
+
+
+def compile_layers(model: IJEPA) -> None:
+    """torch.compile, a layer at a time.
+
+    Layers of one network are the same code on the same shapes and are compiled once, so that deep
+    models start as soon as shallow ones. The predictor's sequences are as long as the blocks that
+    were drawn for a batch: the second length makes PyTorch compile it for all lengths.
+    """
+    for layer in layers(model):
+        layer.compile()
+
+
+class Graphs:
+    """Forward and backward of a micro-batch as CUDA graphs, one for each number of target patches.
+
+    A GPU is handed a graph as a whole; otherwise a small model makes it wait for Python, which
+    starts its kernels one by one. The graphs work on tensors of their own: batches are copied into
+    them, and gradients are added up in the places that they had when the graphs were made, so
+    `zero_grad` must keep them.
+    """
+
+    def __init__(self, run: Callable[[Batch], Tensor], parameters: list[Tensor]):
+        self.run, self.parameters = run, parameters
+        self.pool = torch.cuda.graph_pool_handle()
+        self.made: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """What `run` returns for this batch; its gradients are added."""
+        shape = batch.target_idx.shape
+        if shape not in self.made:
+            self.made[shape] = self._make(batch)
+        graph, static, loss = self.made[shape]
+        for name in ("images", "context_idx", "target_idx"):
+            getattr(static, name).copy_(getattr(batch, name))
+        graph.replay()
+        return loss.clone()
+
+    def _make(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        """Run a few times for what is made once (compiled code, workspaces), then record."""
+        static = Batch(*(x.clone() for x in vars(batch).values()))
+        before = [p.grad.clone() for p in self.parameters]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.run(static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Not "global": the thread that draws the next batch may ask for pinned memory meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.run(static)
+        for p, gradient in zip(self.parameters, before, strict=True):
+            p.grad.copy_(gradient)
+        return graph, static, loss
+
+
 # ---------------------------------------------------------------------- a model that is too large
 
 
@@ -596,9 +664,8 @@ def shard(model: IJEPA, place: Place) -> None:
     moving average is local. The numbers are those of DistributedDataParallel, to rounding.
     """
     mesh = dist.device_mesh.init_device_mesh(place.device.type, (place.world_size,))
-    networks = model.encoder.blocks, model.predictor.predictor_blocks, model.target_encoder.blocks
-    for block in itertools.chain(*networks):
-        fully_shard(block, mesh=mesh)
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
@@ -714,8 +781,10 @@ def _train(
     say = tqdm.write if place.main else (lambda *_: None)
     cuda = place.device.type == "cuda"
     bf16 = bf16_pays(architecture.embed_dim, place.device) if config.bf16 is None else config.bf16
-    # What is gathered layer by layer is not compiled as a whole.
-    compiled = (cuda and not config.shard) if config.compile is None else config.compile
+    # Checkpointing takes the place of a layer's forward pass, which is what would be compiled.
+    compiled = config.compile
+    if compiled is None:
+        compiled = cuda and not config.shard and not config.checkpoint_activations
     fresh = checkpoint is None
     if cuda:
         torch.set_float32_matmul_precision("high")
@@ -733,6 +802,10 @@ def _train(
         raise UserError("--shard cuts a model into parts for several processes: use torchrun")
     if config.shard and not cuda and not hasattr(torch.cpu.Stream, "record_event"):
         raise UserError(f"--shard on a CPU needs a newer PyTorch than {torch.__version__}")
+    if config.graphs and (not cuda or place.world_size > 1 or config.checkpoint_activations):
+        raise UserError(
+            "--graphs is for one process on a GPU, without --checkpoint-activations: leave it out"
+        )
     parts = place.world_size * config.accum_steps
     if config.batch_size % parts:
         raise UserError(
@@ -803,6 +876,8 @@ def _train(
     model.to(place.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
+    if compiled:
+        compile_layers(model)
     if config.shard:
         shard(model, place)
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=cuda)
@@ -818,10 +893,6 @@ def _train(
             if not fresh and read_from != last and last.exists():
                 os.replace(last, out / "damaged.pt")  # lest it become the next previous.pt
         log = Log(out, -1 if fresh else first)
-    if compiled:  # a graph for each number of target patches, with gradients and without
-        sizes = {height * width for height, width in masks.target_shapes.tolist()}
-        torch._dynamo.config.cache_size_limit = 2 * len(sizes) + 2
-        model.compile(dynamic=False)
     wrapped = model
     if place.world_size > 1 and not config.shard:
         # Positions are constants: there is nothing to keep equal.
@@ -831,16 +902,26 @@ def _train(
             model, device_ids=[place.device] if cuda else None, gradient_as_bucket_view=True
         )
 
+    def eager() -> contextlib.AbstractContextManager:
+        """For evaluations, whose shapes would all be compiled again."""
+        return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+    def forward_backward(batch: Batch) -> Tensor:
+        with autocast(place.device, bf16):
+            loss = wrapped(batch.images, batch.context_idx, batch.target_idx)
+        (loss / config.accum_steps).backward()
+        return loss.detach() / config.accum_steps
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run_graph = Graphs(forward_backward, trained) if config.graphs else forward_backward
+
     def run_micro(batch: Batch, sync: bool = True) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up over the micro-batches."""
         no_sync = contextlib.nullcontext() if sync or wrapped is model else wrapped.no_sync()
         if config.shard:
             model.set_requires_gradient_sync(sync)
         with no_sync:
-            with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
-                loss = wrapped(batch.images, batch.context_idx, batch.target_idx)
-            (loss / config.accum_steps).backward()
-        return loss.detach() / config.accum_steps
+            return run_graph(batch)
 
     def check_weights(step: int) -> None:
         """Refuse to keep what is broken: the loss would show it only in the next step."""
@@ -871,7 +952,8 @@ def _train(
     def evaluate(step: int, row: dict) -> None:
         nonlocal best_knn
         try:
-            figures = evaluation(whole_model(model, architecture), masks, bf16)
+            with eager():
+                figures = evaluation(whole_model(model, architecture), masks, bf16)
         except ValueError as error:
             raise UserError(f"after step {step}: {error}. {last} is from before") from error
         epoch = step * config.batch_size / pictures
@@ -902,7 +984,7 @@ def _train(
     if coming is not None:
         small = not cuda and sum(p.numel() for p in model.parameters()) > 50e6
         seconds = step_seconds(run_micro, coming, place, config.accum_steps, small)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not config.graphs)
         left = seconds * (total - first)
         say(f"time     about {duration(left)} ({config.batch_size / seconds:.0f} pictures/s)")
         if not cuda and left > 86400:
@@ -941,7 +1023,7 @@ def _train(
                 loss += run_micro(coming, sync=micro == config.accum_steps - 1)
                 coming = next(batches, None)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not config.graphs)
             model.update_target(momentum)
             losses.append(loss)
             bar.update()
@@ -975,7 +1057,8 @@ def _train(
                         save(last, now)
                 losses, since = [], time.perf_counter()
     model = whole_model(model, architecture)
-    finish(config, architecture, model, evaluation, masks, place, out, run)
+    with eager():
+        finish(config, architecture, model, evaluation, masks, place, out, run)
     return 0
 
 
