@@ -313,7 +313,7 @@ def _moments(device: torch.device) -> tuple[Tensor, Tensor]:  # once: a copy to 
 def normalize(pictures: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) to float32 with about zero mean and unit variance."""
     mean, std = _moments(pictures.device)
-    return (pictures.float() / 255 - mean) / std
+    return (pictures.contiguous().float() / 255 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -333,32 +333,36 @@ class CropRandomness:
     def __getitem__(self, part: slice) -> "CropRandomness":
         return CropRandomness(self.tries[part], self.place[part], self.flip[part])
 
-    def boxes(self, height: Tensor, width: Tensor, scale: tuple[float, float]) -> Tensor:
+    def boxes(self, height, width, scale: tuple[float, float]) -> Tensor:
         """Crops of pictures of (B,) heights and widths: (B, 4) int64 of top, left, height, width.
 
         A share of the area in `scale` and an aspect ratio in (3/4, 4/3), uniform in its logarithm;
         where ten tries do not fit, the largest centred crop of an allowed aspect ratio. This is
         the distribution of torchvision's RandomResizedCrop.
         """
-        area = height * width
-        low, high = np.log(3 / 4), np.log(4 / 3)
-        wanted = area[:, None] * (scale[0] + (scale[1] - scale[0]) * self.tries[..., 0])
-        ratio = (low + (high - low) * self.tries[..., 1]).exp()  # (B, 10)
-        w = (wanted * ratio).sqrt().round().long()
-        h = (wanted / ratio).sqrt().round().long()
+        # In NumPy, whose calls cost less than PyTorch's: workers ask for one picture at a time.
+        tries, place = self.tries.numpy(), self.place.numpy()
+        height, width = (np.asarray(side).reshape(-1) for side in (height, width))  # (B,) each
+        area = (height * width).astype(np.float32)
+        low, high = math.log(3 / 4), math.log(4 / 3)
+        wanted = area[:, None] * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+        ratio = np.exp(low + (high - low) * tries[..., 1])  # (B, 10)
+        w = np.sqrt(wanted * ratio).round().astype(np.int64)
+        h = np.sqrt(wanted / ratio).round().astype(np.int64)
         fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-        first = fits.int().argmax(1, keepdim=True)  # the first try that fits, (B, 1)
-        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-        top = (self.place[:, 0] * (height - h + 1)).long()
-        left = (self.place[:, 1] * (width - w + 1)).long()
-        # None fits: only pictures far from square, for which torchvision centres a crop
-        # of the nearest aspect ratio allowed.
-        none = ~fits.any(1)
-        h = torch.where(none, torch.minimum(height, (width / (3 / 4)).round().long()), h)
-        w = torch.where(none, torch.minimum(width, (height * (4 / 3)).round().long()), w)
-        top = torch.where(none, (height - h) // 2, top)
-        left = torch.where(none, (width - w) // 2, left)
-        return torch.stack([top, left, h, w], dim=1)
+        row, first = np.arange(len(w)), fits.argmax(1)  # the first try that fits
+        h, w = h[row, first], w[row, first]
+        top = (place[:, 0] * (height - h + 1)).astype(np.int64)
+        left = (place[:, 1] * (width - w + 1)).astype(np.int64)
+        none = ~fits[row, first]
+        if none.any():
+            # Only pictures far from square, for which torchvision centres a crop of the nearest
+            # aspect ratio allowed.
+            h = np.where(none, np.minimum(height, (width / (3 / 4)).round().astype(np.int64)), h)
+            w = np.where(none, np.minimum(width, (height * (4 / 3)).round().astype(np.int64)), w)
+            top = np.where(none, (height - h) // 2, top)
+            left = np.where(none, (width - w) // 2, left)
+        return torch.from_numpy(np.stack([top, left, h, w], axis=1))
 
 
 def crop_resize(pictures: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -460,7 +464,7 @@ class Folder:
     def centre(self, index: Tensor, broken: set[str] | None = None) -> Tensor:
         """As evaluation sees them: shorter side to 8/7 of S, centre crop of S; (B, 3, S, S)."""
         broken = set() if broken is None else broken
-        images = torch.empty(len(index), 3, self.img_size, self.img_size, dtype=torch.uint8)
+        images = memory_for(len(index), self.img_size)
         for i, number in enumerate(index.tolist()):
             images[i] = centre_crop(self.open(number, broken), self.img_size, 8 / 7)
         return images
@@ -485,15 +489,24 @@ def open_picture(path: Path) -> Image.Image:
     Raises almost anything if it is damaged; see `_opened`.
     """
     with _opened(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I"):  # 16 bits, which convert() would clip to white
             picture = Image.fromarray((np.array(picture) // 256).clip(0, 255).astype(np.uint8))
-        return picture.convert("RGB")
+        picture.load()  # the file is closed here
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    """(3, H, W) uint8, in Pillow's order of memory."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def memory_for(count: int, size: int) -> Tensor:
+    """For so many square pictures, (count, 3, S, S) uint8, in Pillow's order of memory."""
+    images = torch.empty(count, size, size, 3, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is not None:
+        images.share_memory_()  # here at once, and not by copying when the batch is sent
+    return images.permute(0, 3, 1, 2)
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -958,15 +971,15 @@ class _Stream(torch.utils.data.Dataset):
         index, crops, context_idx, target_idx = draw_step(self.plan, step)
         part = share(self.plan, micro)
         index, crops, size = index[part], crops[part], self.data.img_size
-        images, broken = torch.empty(len(index), 3, size, size, dtype=torch.uint8), set()
+        images, broken = memory_for(len(index), size), set()
         for i, number in enumerate(index.tolist()):
             picture = self.data.open(number, broken)
             if self.plan.crop_scale == (1.0, 1.0):
                 images[i] = centre_crop(picture, size)
             else:
-                width, height = (torch.tensor([side]) for side in picture.size)
-                box = crops[i : i + 1].boxes(height, width, self.plan.crop_scale)[0].tolist()
-                top, left, h, w = box
+                width, height = picture.size
+                box = crops[i : i + 1].boxes(height, width, self.plan.crop_scale)
+                top, left, h, w = box[0].tolist()
                 picture = picture.crop((left, top, left + w, top + h))
                 images[i] = to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR))
             if crops.flip[i]:
@@ -1092,6 +1105,7 @@ def eval_batches(
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_only_parent_signals,
+        pin_memory=torch.device(device).type == "cuda",
     )
     for images, new in _loaded(loader):
         broken = report_broken(new, broken, len(data))

@@ -379,9 +379,7 @@ def measure(setting: Setting) -> list[dict]:
 
     def begin(name: str) -> int:
         """Build a row, and find out how many of its steps a turn takes."""
-        make, dtype = rows[name]
-        if dtype not in peaks:
-            peaks[dtype] = matmul_peak(setting.device, dtype)
+        make, _ = rows[name]
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -394,6 +392,8 @@ def measure(setting: Setting) -> list[dict]:
         return max(1, round(config.seconds / config.turns / once))
 
     def turn(name: str, count: int) -> None:
+        dtype = rows[name][1]
+        peaks[dtype] = max(peaks.get(dtype, 0.0), matmul_peak(setting.device, dtype))
         found[name]["times"].append(seconds_of(alive[name], count) / count)
 
     if together:
