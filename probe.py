@@ -173,7 +173,7 @@ def pooled_features(
 @torch.inference_mode()
 def pooled(encoder: ViT, images: Tensor, layers: int, bf16: bool) -> Tensor:
     """Of one batch, on its device: (b, C, H p, W p) -> (b, layers * D) float32."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(images.device, bf16):
         outputs = encoder.last_layers(images, layers)  # layers x (b, N, D)
     return torch.cat([x.float().mean(1) for x in outputs], dim=1)
 
@@ -1175,7 +1175,7 @@ def _predicted(
     network.eval()
     found = []
     for images in eval_batches(examples.data, mine, at_a_time, place.device, workers, size):
-        with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(place.device, bf16):
             found.append(network(images).argmax(1))
     network.train()
     whole = torch.zeros(len(examples.index), dtype=torch.int64, device=place.device)

@@ -33,8 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -142,7 +140,7 @@ class TrainConfig:
     timeout: float = option(120.0, "minutes that processes wait for one that does not answer")
     eval_every: int | None = option(None, "steps between evaluations (default: ten a run)")
     eval_images: int | None = option(
-        None, "to look for neighbours among (default: 50000, 5000 on a CPU)"
+        None, "to look for neighbours among (default: 50000; on a CPU 5000, or 2000 if wide)"
     )
     save_every: int = option(1000, "steps between checkpoints, beside those at evaluations")
     log_every: int = option(10, "steps between lines of log.csv")
@@ -276,7 +274,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) ->
             raise kind
     for i, values in sorted(state.items()):
         p = parameters[i]
-        if isinstance(p, DTensor):  # each process takes its part
+        if sharded(p):  # each process takes its part
+            from torch.distributed.tensor import distribute_tensor
+
             for name in ("exp_avg", "exp_avg_sq"):
                 full = values[name].to(p.device)
                 values[name] = distribute_tensor(full, p.device_mesh, p.placements)
@@ -329,12 +329,16 @@ def _architecture(config: TrainConfig) -> IJEPAConfig:
 class Evaluation:
     """The figures that tell learning from collapse, on pictures that training never sees."""
 
-    def __init__(self, config: TrainConfig, data: Pictures | Folder, place: Place, workers: int):
-        self.data, self.place, self.workers = data, place, workers
+    def __init__(
+        self, config: TrainConfig, data: Pictures | Folder, place: Place, workers: int,
+        width: int, bf16: bool,
+    ):  # fmt: skip
+        self.data, self.place, self.workers, self.bf16 = data, place, workers, bf16
         self.train_index, self.val_index = hold_out(data)
         if len(self.val_index) < 4:
             raise UserError(f"{len(data)} labelled pictures are too few: evaluation needs 40")
-        limit = config.eval_images or (5_000 if place.device.type == "cpu" else 50_000)
+        few = 5_000 if width < 192 else 2_000  # or it would take longer than training
+        limit = config.eval_images or (few if place.device.type == "cpu" else 50_000)
         labelled = self.labels(self.train_index) >= 0
         self.bank_index = self.train_index[labelled][:limit]  # neighbours are among these
         self.query_index = self.val_index[: max(4, limit // 2)]
@@ -350,11 +354,12 @@ class Evaluation:
     def features(self, encoder, index: Tensor) -> Tensor:
         """Pooled features (n, D), on the CPU of every process."""
         return probe.shared_features(
-            encoder, self.data, index, self.place, workers=self.workers, everywhere=True
-        )
+            encoder, self.data, index, self.place, workers=self.workers, bf16=self.bf16,
+            everywhere=True,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def loss(self, model: IJEPA, masks: MaskCollator, bf16: bool) -> float:
+    def loss(self, model: IJEPA, masks: MaskCollator) -> float:
         """Mean loss over held-out pictures, with masks that are the same at every evaluation."""
         index = self.query_index[:1024]
         drawn = masks.sample(len(index), _fixed())
@@ -364,7 +369,7 @@ class Evaluation:
         if mine:
             batches = self.batches(torch.cat([part for part, *_ in mine]), 256)
             for images, (part, *idx) in zip(batches, mine, strict=True):
-                with autocast(images.device, bf16):
+                with autocast(images.device, self.bf16):
                     loss = model(images, *(x.to(images.device) for x in idx))
                 total += loss.double().cpu() * len(part)
         if self.place.world_size > 1:
@@ -372,14 +377,14 @@ class Evaluation:
             dist.all_reduce(total)
         return float(total) / len(index)
 
-    def __call__(self, model: IJEPA, masks: MaskCollator, bf16: bool) -> dict[str, float]:
+    def __call__(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
         """Held-out loss, and of the target encoder: kNN accuracy, RankMe and feature spread."""
         bank = self.features(model.target_encoder, self.bank_index)
         queries = self.features(model.target_encoder, self.query_index)
         prediction = probe.knn(bank, self.labels(self.bank_index), queries, k=self.k)
         correct = prediction.weighted == self.labels(self.query_index)
         return {
-            "val_loss": self.loss(model, masks, bf16),
+            "val_loss": self.loss(model, masks),
             "knn": 100 * correct.double().mean().item(),
             "rankme": probe.rankme(queries),
             "feature_std": probe.feature_std(queries),
@@ -663,20 +668,27 @@ def shard(model: IJEPA, place: Place) -> None:
     So are gradients and optimizer state; the target encoder is cut in the same way, so that its
     moving average is local. The numbers are those of DistributedDataParallel, to rounding.
     """
+    from torch.distributed.fsdp import fully_shard  # here: it takes more than a second
+
     mesh = dist.device_mesh.init_device_mesh(place.device.type, (place.world_size,))
     for layer in layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
+def sharded(x) -> bool:
+    """Whether this is a DTensor, a tensor of which each process has a part."""
+    return hasattr(x, "full_tensor")
+
+
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that is in this process: all of it, unless it is sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if sharded(x) else x
 
 
 def whole(tree, keep: bool):
     """A state with its sharded tensors gathered on the CPU, where `keep` is true; by all."""
-    if isinstance(tree, DTensor):
+    if sharded(tree):
         full = tree.full_tensor()
         return full.cpu() if keep else None
     if isinstance(tree, dict):
@@ -687,7 +699,7 @@ def whole(tree, keep: bool):
 def whole_model(model: IJEPA, architecture: IJEPAConfig) -> IJEPA:
     """The networks with all of their weights in this process: `model` itself, unless sharded."""
     state = model.state_dict()
-    if not any(isinstance(x, DTensor) for x in state.values()):
+    if not any(sharded(x) for x in state.values()):
         return model
     with torch.device("meta"):
         plain = IJEPA(architecture)
@@ -834,7 +846,7 @@ def _train(
         ),
     )
     workers = cores() if config.workers is None else config.workers
-    evaluation = Evaluation(config, data, place, workers)
+    evaluation = Evaluation(config, data, place, workers, architecture.embed_dim, bf16)
     plan = Plan(
         seed=config.seed,
         index=evaluation.train_index,
@@ -953,7 +965,7 @@ def _train(
         nonlocal best_knn
         try:
             with eager():
-                figures = evaluation(whole_model(model, architecture), masks, bf16)
+                figures = evaluation(whole_model(model, architecture), masks)
         except ValueError as error:
             raise UserError(f"after step {step}: {error}. {last} is from before") from error
         epoch = step * config.batch_size / pictures
