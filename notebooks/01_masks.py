@@ -11,18 +11,25 @@
 # %% [markdown]
 # # 1. Masks: what is hidden, and what is left
 #
-# I-JEPA learns by predicting hidden blocks of a picture from the rest of it. What it learns depends
-# on *what is hidden* more than on anything else: in Table 6 of
-# [the paper](https://arxiv.org/abs/2301.08243) the same network gets from 15.5 to 54.2 % accuracy,
-# and only the masks differ.
+# **I-JEPA** (Image-based Joint-Embedding Predictive Architecture,
+# [the paper](https://arxiv.org/abs/2301.08243)) learns from pictures without labels. It hides
+# blocks of a picture and predicts them from the rest: not their pixels, but their
+# **representation**, the vectors that a second network, which sees the whole picture, makes of
+# them. Such a vector may leave out what nobody can foretell, like the exact texture of grass. That
+# is the idea (Section 1; Table 7: 66.9 % accuracy, and 40.7 % with pixels). The networks come in
+# notebook 2.
+#
+# Here are the masks. Much depends on *what is hidden*: in Table 6 a linear classifier that reads
+# the learned vectors is right in 15.5 to 54.2 % of the cases, and only the masks differ.
 #
 # A picture is cut into a grid of **patches**. For each picture are drawn (Section 3, "Targets" and
 # "Context", and Appendix A.1):
 #
-# - **targets**: $M = 4$ blocks $B_1, \dots, B_4$, each 15 to 20 % of the picture, of aspect ratio
-#   0.75 to 1.5. They may overlap. Their representations are to be predicted.
+# - **targets**: $M = 4$ blocks $B_1, \dots, B_4$, each 15 to 20 % of the picture, 0.75 to 1.5 times
+#   as high as wide. They may overlap. Their representations are to be predicted.
 # - **context**: one block $B_x$ of 85 to 100 % of the picture, *without* the patches of the
-#   targets. It is all that the context encoder sees.
+#   targets, thinned out to a quarter of the picture (the average in Table 6). It is all that the
+#   network in training, the context encoder, sees.
 
 # %%
 import classroom
@@ -37,13 +44,14 @@ from data import generator_for, load_data
 from ijepa import STRATEGIES, MaskCollator, block_shapes
 
 # %% [markdown]
-# The pictures are drawn by the computer (`shapes`). To see your own, set `PICTURES` to a folder
-# that has `train/<class>/<picture>`, or to `"cifar10"`, which is downloaded once if it is not
-# there.
+# The pictures are drawn by the computer (`shapes`): one to four objects, each filled with one of
+# eight patterns, under patches of light and film grain (`clutter`). To see your own, set `PICTURES`
+# to a folder that has `train/<class>/<picture>`, or to `"cifar10"`, which is downloaded once if it
+# is not there.
 
 # %%
 PICTURES = "shapes"
-GRID = (14, 14)  # patches, as in the paper: 224 pixels, patches of 16
+GRID = (14, 14)  # patches, as in the paper; there 224 pixels / 16, here 112 / 8
 
 more = {"count": 8, "clutter": 0.4} if PICTURES == "shapes" else {}
 pictures = load_data(PICTURES, img_size=112, **more).centre(torch.arange(3))  # (3, 3, 112, 112)
@@ -77,9 +85,9 @@ for one, blocks in zip(context, targets, strict=True):
 assert context.shape[1] == round(0.25 * 14 * 14)  # a quarter of the picture (Table 6, "Avg. Ratio")
 
 # %% [markdown]
-# The context looks like a sieve. After the targets are cut out, more than $K$ patches are left, and
-# $K$ of them are kept at random, so that all pictures of a batch have equally many, and the batch
-# is a plain tensor.
+# The context looks like a sieve. After the targets are cut out, some 45 % of the patches are left,
+# and $K$ of them (a quarter) are kept at random, so that all pictures of a batch have equally many,
+# and the batch is a plain tensor.
 #
 # > **Question.** A target block is a rectangle and not a scatter of patches. What would a network
 # > have to know to fill in a single missing patch, when it sees the patches around it?
@@ -103,10 +111,10 @@ for column, strategy in enumerate(STRATEGIES):
     classroom.show(axes[1, column], pictures[1], hidden.unique(), GRID, title, classroom.VERMILION)
 
 # %% [markdown]
-# `random` hides as much as `block`, but between its patches lies what they look like: they can be
-# copied from next door. `rasterized` shows a corner, from which the opposite corner cannot be
-# known. `multiblock` hides pieces that are large enough to mean something, and shows something of
-# every part of the picture.
+# `random` hides as much as `block`, but each hidden patch has visible ones beside it that look like
+# it: it can be copied from next door. `rasterized` shows one quarter, from which the opposite one
+# cannot be known. `multiblock` hides pieces that are large enough to mean something, and shows
+# patches on several sides of them.
 
 # %% [markdown]
 # ## Coverage: who is seen how often?
@@ -147,14 +155,16 @@ assert (target_share - target_share.flip(1)).abs().max() < 0.06  # left and righ
 assert (target_share - target_share.flip(0)).abs().max() < 0.06  # top and bottom alike
 
 # %% [markdown]
-# Blocks are placed uniformly over all positions where they fit (deviation D3 in `ijepa.py`), and a
-# block that covers a corner has one position, while many cover the centre: the centre is hidden,
-# and the border is seen.
+# All positions where a block fits are equally likely (deviation D3: the top of `ijepa.py` numbers
+# where it differs from the paper or from its authors' code). A corner is covered from one position,
+# the centre from many: the centre is hidden, and what is near the border is seen. (The outermost
+# ring less: the context block may miss it.) The quadrants of `rasterized` and the patches of
+# `random` know no centre.
 
 # %% [markdown]
 # ## What goes wrong with cut masks
 #
-# Pictures of a batch have differently many patches left. The released code cuts all of them to the
+# Pictures of a batch have differently many patches left. The authors' code cuts all of them to the
 # *shortest* of the batch and keeps the **first** patches, counted row by row: what is cut is the
 # lower part of the picture. The larger the batch, the shorter its shortest mask. Here $K$ does not
 # depend on the batch, and what is too many is dropped at random (deviation D5).
@@ -275,7 +285,8 @@ widgets.interactive(
 # ### Exercise 1
 #
 # How many different shapes can a target block take on the grid of 14 x 14, and how many on
-# the 8 x 8 of CIFAR-10? How many patches has the smallest, and the largest?
+# the 8 x 8 of CIFAR-10? (`block_shapes` lists them.) How many patches has the smallest, and the
+# largest? Is that 15 to 20 % of the picture?
 
 # %% [markdown] jp-MarkdownHeadingCollapsed=true
 # #### Solution 1
@@ -286,6 +297,7 @@ for side in (14, 8):
     areas = shapes.prod(1)
     print(f"{side} x {side}: {len(shapes)} shapes of {areas.min()} to {areas.max()} patches")
     assert len(shapes) > 3 and areas.min() >= 0.1 * side**2 and areas.max() <= 0.25 * side**2
+# 25 of 196 patches are 13 %, not 15 %: height and width are rounded to whole patches.
 
 # %% [markdown]
 # ### Exercise 2
@@ -308,8 +320,8 @@ assert 0.40 < measured < independent
 # %% [markdown]
 # ### Exercise 3
 #
-# What is the largest context that `MaskCollator` grants beside 1, 2, 4 and 8 targets? It
-# refuses what half of all draws would not leave.
+# `MaskCollator` refuses a `context_size` if more than half of its draws would leave fewer patches.
+# What is the largest that it accepts beside 1, 2, 4 and 8 targets?
 
 # %% [markdown] jp-MarkdownHeadingCollapsed=true
 # #### Solution 3

@@ -18,15 +18,19 @@
 #   of those of the context encoder,
 # - the **predictor** $g_\phi$ says what the target encoder would say at the hidden places.
 #
-# We call the real functions one after the other, and look at every tensor between them. The letters
-# are those of `ijepa.py`:
+# $\theta, \bar\theta, \phi$ are their weights. All three are Vision Transformers (ViT): a sequence
+# of vectors ("tokens") goes in, and as many come out; in each layer every token looks at all others
+# (attention), and a small MLP works on each by itself.
+#
+# We call the real functions one after the other, and look at every tensor between them, in the
+# smallest model, `vit_nano`: 6 x 6 patches. The letters are those of `ijepa.py`:
 #
 # | | | | |
 # |---|---|---|---|
 # | B | pictures in the batch | K | context patches of a picture |
 # | H, W | rows and columns of patches | M | target blocks of a picture |
 # | N | patches of a picture, H W | T | patches of a target block |
-# | D | width of the encoder | P | width of the predictor |
+# | D | numbers in a token of the encoders | P | numbers in a token of the predictor |
 # | C | colour channels | p | side of a patch in pixels |
 
 # %%
@@ -123,7 +127,8 @@ assert torch.equal(context, other)  # whatever is hidden may be anything
 #
 # The target encoder sees the **whole** picture, and the blocks are cut from its *output*: each
 # target knows what surrounds it (Section 3, "Targets"; Table 11 shows that this matters). Each
-# target is normalized to mean 0 and variance 1 over its D numbers (deviation D1).
+# target is normalized to mean 0 and variance 1 over its D numbers (deviation D1), so that it cannot
+# be made easy by making it small. It can still be the same for all pictures: notebook 3.
 
 # %%
 targets = model.targets(images, target_idx)
@@ -140,18 +145,19 @@ assert targets.mean(-1).abs().max() < 1e-5 and (targets.var(-1) - 1).abs().max()
 #
 # The predictor gets the context, and for each place that is asked for one **mask token**: a learned
 # vector, the same everywhere, plus the position. Each of the M blocks is predicted by itself. The
-# loss of Section 3 is the average distance between predictions and targets,
+# loss of Section 3 compares the prediction $\hat s_{y_j}$ with the target $s_{y_j}$ at each patch
+# $j$ of each block $B_i$:
 #
-# $$\frac{1}{M} \sum_{i=1}^{M} D\left(\hat s_y(i), s_y(i)\right) ,$$
+# $$\frac{1}{M} \sum_{i=1}^{M} \sum_{j \in B_i} \left\| \hat s_{y_j} - s_{y_j} \right\|_2^2 .$$
 #
-# where $D$ is the squared $L_2$ distance in the paper, and smooth $L_1$ in the released code and
-# here.
+# The authors' code, and ours, takes smooth $L_1$ instead of the square, and the mean over all
+# numbers (deviation D1).
 
 # %%
 predictions = model.predictor(context, context_idx, target_idx)
 tell("predictions", predictions, "B, M, T, D", "what the predictor says there")
 loss = model(images, context_idx, target_idx)  # all of the above in one call
-print(f"loss         {loss:.4f}")
+print(f"loss         {loss:.4f}, untrained")
 
 error = (predictions - targets).abs()
 by_hand = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
@@ -168,7 +174,8 @@ assert torch.allclose(alone, predictions[:, 1:2], atol=1e-5)
 #
 # Context encoder and predictor learn by gradient descent. The targets are computed without
 # gradients. If they had some, both sides could meet at a constant. We ask for the gradient of the
-# loss with respect to every weight, and to every **pixel**.
+# loss with respect to every weight, and to every **pixel**. The target encoder sees all pixels: if
+# a gradient came back through it, it would show everywhere.
 
 # %%
 watched = images.clone().requires_grad_()
@@ -178,15 +185,16 @@ for name in ("encoder", "predictor", "target_encoder"):
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients if g is not None))
     print(f"{name:16} {sum(g is not None for g in gradients):3} gradients, norm {norm:.4f}")
 
-figure, axes = plt.subplots(2, 4, figsize=(12, 5.9))
+figure, axes = plt.subplots(2, 3, figsize=(11, 7.4))
 strength = watched.grad.abs().sum(1)  # (B, H p, W p)
-for i in range(4):
-    classroom.show(
-        axes[0, i], pictures[i], context_idx[i], (6, 6), "context" if i == 0 else "", classroom.BLUE
-    )
-    axes[1, i].imshow(strength[i].sqrt(), cmap="cividis")
-    axes[1, i].set(xticks=[], yticks=[])
-    axes[1, i].set_title("gradient at the pixels" if i == 0 else "", fontsize=13)
+for i, (whole_picture, part, gradient) in enumerate(axes):
+    titles = ("target encoder sees", "context encoder sees", "gradient (dark: exactly 0)")
+    titles = titles if i == 0 else ("", "", "")
+    classroom.show(whole_picture, pictures[i], title=titles[0], colour=classroom.VERMILION)
+    classroom.show(part, pictures[i], context_idx[i], (6, 6), titles[1], classroom.BLUE)
+    gradient.imshow(strength[i].sqrt(), cmap="cividis", vmin=0)
+    gradient.set(xticks=[], yticks=[])
+    gradient.set_title(titles[2], fontsize=13)
 
 # %%
 assert all(p.grad is None for p in model.target_encoder.parameters())
@@ -199,11 +207,13 @@ assert not reached[~seen].any() and reached[seen].float().mean() > 0.99
 # %% [markdown]
 # ## The target encoder follows
 #
-# After each step of the optimizer, every weight of the target encoder moves a little:
+# After each step of the optimizer, every weight of the target encoder moves a little, so that what
+# is to be predicted changes slowly (an exponential moving average, EMA):
 #
-# $$\bar\theta \leftarrow m \bar\theta + (1 - m) \theta , \qquad m = 0.996 \to 1.$$
+# $$\bar\theta \leftarrow m \bar\theta + (1 - m) \theta ,$$
 #
-# What the encoder was $n$ steps ago still counts $m^n$: after $\ln 0.5 / \ln m$ steps a half.
+# where $m$ rises from 0.996 to 1 over a run (Appendix A.1). What the encoder was $n$ steps ago
+# still counts $m^n$: after $\ln 0.5 / \ln m$ steps a half.
 
 # %%
 before = copy.deepcopy(model.target_encoder).state_dict()
@@ -214,7 +224,8 @@ model.update_target(0.996)
 
 name = "blocks.0.mlp.fc1.weight"
 old, new, follows = before[name], online[name], model.target_encoder.state_dict()[name]
-print(f"encoder moved by {(new - old).norm():.4f}, target by {(follows - old).norm():.6f}")
+moved, followed = float((new - old).norm()), float((follows - old).norm())
+print(f"encoder moved by {moved:.4f}, target by {followed:.6f}: {followed / moved:.1%} of it")
 assert torch.allclose(follows, 0.996 * old + 0.004 * new, atol=1e-7)
 
 steps = torch.arange(0, 2001)
@@ -238,8 +249,8 @@ assert round(math.log(0.5) / math.log(0.996)) == 173
 # %% [markdown]
 # ## How large are the parts?
 #
-# Most weights of a ViT are in its MLPs. The predictor is narrow on purpose (Table 14), and the
-# target encoder is a copy, not trained.
+# Most weights of a ViT are in its MLPs. The predictor is narrow on purpose (Table 14: tokens of 384
+# numbers do better than of 1,024), and the target encoder is a copy, not trained.
 
 
 # %%
@@ -253,22 +264,26 @@ for name in ("vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_
     with torch.device("meta"):  # shapes without numbers: it takes no memory
         networks = IJEPA(MODELS[name].config)
     encoder = networks.encoder
-    parts = {part: count(encoder, part) for part in (".attn.", ".mlp.", "patch_embed")}
-    parts["norms"] = count(encoder) - sum(parts.values())
+    parts = {part: count(encoder, part) for part in (".attn.", ".mlp.")}
+    parts["rest"] = count(encoder) - sum(parts.values())
     sizes[name] = parts | {"predictor": count(networks.predictor), "encoder": count(encoder)}
 
-figure, axis = plt.subplots(figsize=(10, 4.2))
+figure, axis = plt.subplots(figsize=(10, 4.6))
 left = torch.zeros(len(sizes))
-hatches = {".attn.": "", ".mlp.": "//", "predictor": ".."}
-labels = {".attn.": "attention", ".mlp.": "MLPs", "predictor": "predictor"}
-for (part, hatch), colour in zip(hatches.items(), classroom.COLOURS, strict=False):
+hatches = {".attn.": "", ".mlp.": "//", "rest": "xx", "predictor": ".."}
+labels = {
+    ".attn.": "encoder: attention", ".mlp.": "encoder: MLPs",
+    "rest": "encoder: patches, norms", "predictor": "predictor",
+}  # fmt: skip
+colours = (classroom.BLUE, classroom.VERMILION, classroom.GREY, classroom.GREEN)
+for (part, hatch), colour in zip(hatches.items(), colours, strict=True):
     both = [size["encoder"] + size["predictor"] for size in sizes.values()]
     share = torch.tensor([100 * s[part] / b for s, b in zip(sizes.values(), both, strict=True)])
     bars = axis.barh(list(sizes), share, left=left, color=colour, hatch=hatch, label=labels[part])
     left += share
 axis.set(xlabel="share of what is trained (%)", xlim=(0, 100))
 axis.invert_yaxis()
-axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3)
+axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.28), ncols=2)
 for name, size in sizes.items():
     print(f"{name:10} encoder {size['encoder'] / 1e6:7.2f} M, predictor", end=" ")
     print(f"{size['predictor'] / 1e6:6.2f} M")
@@ -315,8 +330,8 @@ assert torch.allclose(fresh, shuffled, atol=1e-5)
 # %% [markdown]
 # ### Exercise 3
 #
-# A run has 1,000 steps. Which momentum lets the target encoder forget half of its weights in
-# 5 % of the run? Check it by moving it so many times towards an encoder that stands still.
+# A run has 1,000 steps. With which momentum does the target encoder go half of the way to an
+# encoder that stands still, in 5 % of the run? Check it by calling `update_target` so many times.
 
 # %% [markdown] jp-MarkdownHeadingCollapsed=true
 # #### Solution 3

@@ -14,12 +14,13 @@
 # The encoder is **frozen**, and simple readers are put on top of it. What they can read was there
 # before (Section 5 of [the paper](https://arxiv.org/abs/2301.08243), Appendix A.2):
 #
-# - **k nearest neighbours**: a picture is what the 20 most similar training pictures are. Nothing
-#   is trained. (Not in the paper.)
-# - **linear probe**: one matrix from D numbers to the classes, on the average over all patches.
+# - **20 nearest neighbours** (20-NN): the most similar training pictures vote, nearer ones with
+#   more weight ("plain": all alike). Nothing is trained. (Not in the paper.)
+# - **linear probe**: one matrix from D numbers to the classes.
 #
-# Beside it stand two baselines without which no figure means anything: **raw pixels**, and the same
-# encoder **untrained**.
+# Both read the target encoder's output, averaged over all patches (Appendix A.1). Beside it stand
+# two baselines without which no figure means anything: **raw pixels**, and the same encoder
+# **untrained**.
 
 # %%
 import classroom
@@ -57,7 +58,8 @@ if not (Path("data/cifar-10-batches-py").is_dir() and (RUN / "last.pt").is_file(
 #
 # The settings of the linear probe (learning rate, weight decay, last layer or last four, with batch
 # norm or without) are chosen on held-out *training* pictures. The test pictures are read once, by
-# the winner. This is `python probe.py RUN --images 2000`, in this process.
+# the winner. This is `python probe.py RUN --images 2000`, in this process. (Notebook 3 had other
+# figures: fewer pictures, and the last layer alone.)
 
 # %%
 IMAGES = 1000 if classroom.FAST else 2000
@@ -123,14 +125,25 @@ if DATA == "shapes":
     assert alone[setup.trained] > alone["untrained"] + 5
 
 # %% [markdown]
-# On `shapes` the untrained encoder finds look-alikes as well as the trained one: random features of
-# two pictures with the same pattern are alike (`results/shapes.md`). With four layers, hundreds of
-# random features, much can be read off them, too. In the last layer *alone* the kind can hardly be
-# read off before training, and can be after it: that is what was learned. Without the untrained
-# encoder beside it, a good figure would prove nothing.
+# On `shapes` the untrained encoder finds look-alikes even better than the trained one: random
+# features of two pictures with the same pattern are alike (`results/shapes.md`). With four layers,
+# hundreds of random features, much can be read off them, too. In the last layer *alone* a linear
+# probe can hardly read the kind before training, and reads it twice as well after it: that is what
+# was learned in these 500 steps. Without the untrained encoder beside it, a good figure would prove
+# nothing.
 #
 # > **Question.** The linear probe sees labels, nearest neighbours see them too. Which of the two
-# > could still succeed if every class fell into several separate clusters?
+# > could still succeed if every class fell into several separate clusters? (On `shapes` it does: a
+# > pattern begins at one of four places, and light and dark may be swapped.)
+
+# %% [markdown]
+# ## Neighbours
+#
+# First column: test pictures. Then their nearest training pictures, in parentheses if they show
+# something else.
+
+# %%
+classroom.display_file(home / "neighbours.png")
 
 # %% [markdown]
 # ## Who is taken for whom?
@@ -147,32 +160,24 @@ first_seed = 100 * float(matrix.diagonal().sum()) / len(report_y)  # the matrix 
 assert abs(first_seed - trained) < 3
 
 # %% [markdown]
-# ## Neighbours
-#
-# First column: test pictures. Then their nearest training pictures, in parentheses if they show
-# something else.
-
-# %%
-classroom.display_file(home / "neighbours.png")
-
-# %% [markdown]
 # ## Patches as colours
 #
 # The features of all patches, projected onto their first three principal components, as red, green
-# and blue. Patches with like features have like colours.
+# and blue: patches with like features have like colours. A picture has 6 x 6 patches in `vit_nano`.
 
 # %%
 classroom.display_file(home / "pca.png")
 
 # %% [markdown]
 # > **Question.** In the row of the untrained encoder the colours go from left to right and from top
-# > to bottom, whatever the picture. What does it describe, then?
+# > to bottom, whatever the picture. What does it describe, then? Do the colours of the trained one
+# > still follow the place, or what is there?
 
 # %% [markdown]
 # ## Few labels
 #
 # How good is the linear probe with 2, 5, 20 labels a class? (Table 2 has about 13 a class.) Three
-# samples each; the settings are chosen within the sample.
+# samples each; the settings are chosen within the sample. Bars: standard deviation.
 
 # %%
 COUNTS = (2, 10) if classroom.FAST else (2, 5, 20)
@@ -211,6 +216,10 @@ best = max(low_shot, key=lambda name: probe.mean_std(low_shot[name][-1])[0])
 print(f"with {COUNTS[-1]} labels a class, the best is: {best}")
 if DATA == "shapes":
     assert probe.mean_std(low_shot[setup.trained][-1])[0] > chance + 5
+
+# %% [markdown]
+# > **Question.** On `shapes` the untrained encoder does worse with 20 labels a class than with 2.
+# > How can more labels hurt a linear probe? (Think of the clusters above.)
 
 # %% [markdown]
 # ## Exercises
@@ -256,15 +265,23 @@ assert true != taken and int(errors.max()) == max(
 # %% [markdown]
 # ### Exercise 3
 #
-# How do you know that the test pictures did not leak into the training pictures? Shuffle the
-# labels to learn from, and see what is left.
+# How do you know that no test picture is among the training pictures? Look for copies. Then shuffle
+# the labels to learn from: what is left, which leak would that show, and which not?
 
 # %% [markdown] jp-MarkdownHeadingCollapsed=true
 # #### Solution 3
 
 # %% tags=["solution"]
+known = {picture.numpy().tobytes() for picture in sets.train.centre(sets.bank).cpu()}
+test_pictures = sets.test.centre(sets.report).cpu()
+copies = sum(picture.numpy().tobytes() in known for picture in test_pictures)
+print(f"{copies} of {len(test_pictures)} test pictures are training pictures, too")
+
 order = torch.randperm(len(bank_y), generator=generator_for("shuffled labels"))
 found_with = probe.knn(bank, bank_y[order], report).weighted
 shuffled = 100 * probe.accuracy(found_with, report_y)
 print(f"with shuffled labels: {shuffled:.1f} %, the largest class has {chance:.1f} %")
+# More than chance would mean that the answer comes from elsewhere than from these labels. Copies
+# are not shown by it: a copy has a shuffled label as well.
 assert shuffled < chance + 6  # chance, as it should be
+assert copies == 0 or DATA != "shapes"
