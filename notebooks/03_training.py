@@ -42,7 +42,7 @@ from data import eval_batches, hold_out, load_data
 from ijepa import IJEPA
 
 # %%
-STEPS, STEPS_WITHOUT = (300, 100) if classroom.FAST else (500, 500)
+STEPS, STEPS_WITHOUT = (300, 100) if classroom.FAST else (400, 400)
 
 # %% [markdown]
 # ## As it should be
@@ -100,7 +100,7 @@ curves(runs)
 #
 # - **Loss**: falls, as it should. By itself it says little.
 # - **20-NN**: high from the start, since even random features of pictures with the same pattern are
-#   alike (`results/shapes.md`). 500 steps do not better it; those of `python train.py` do.
+#   alike (`results/shapes.md`). So few steps do not better it; those of `python train.py` do.
 # - **RankMe** ([Garrido et al. 2023](https://arxiv.org/abs/2210.02885)): how many dimensions the
 #   features use. 1 if they all point in one direction, D = 96 if in all directions alike.
 # - **Spread**: standard deviation of the features, scaled to length 1; 0 if all pictures look
