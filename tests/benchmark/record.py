@@ -2,10 +2,10 @@
 
     python tests/benchmark/record.py demo      three seeds of `python train.py`: a quarter hour
     python tests/benchmark/record.py masks     cost of the mask sampler
-    python tests/benchmark/record.py speed     images/s of a training step of vit_tiny
     python tests/benchmark/record.py cifar10 FOLDER [OPTIONS]   500 steps of vit_tiny on CIFAR-10
     python tests/benchmark/record.py stream FOLDER    20 steps of vit_small/16 at 224 pixels
     python tests/benchmark/record.py probe NAME WHAT RUN [OPTIONS]   probe.py
+    python tests/benchmark/record.py gpu [PEER]    all that README.md says of speed, on a GPU
     python tests/benchmark/probe_speed.py      kNN and the linear sweep
     python tests/benchmark/probe_load.py FOLDER    reading a released ViT-H/14: needs 11 GB there
     python tests/benchmark/record.py memory    memory a GPU, by formula
@@ -152,43 +152,6 @@ def probe(name: str, what: str, *options: str) -> None:
     )  # fmt: skip
 
 
-def speed(batch_size: int = 256, steps: int = 3) -> None:
-    """Images/s of whole training steps of vit_tiny, 32 pixels, patch 4."""
-    from data import CropRandomness, crop_resize, normalize
-    from ijepa import IJEPA, MODELS, MaskCollator, parameter_groups
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = IJEPA(MODELS["vit_tiny"].config).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model))
-    sampler = MaskCollator(model.encoder.grid)
-    pictures = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    side, generator = torch.full((batch_size,), 32), torch.Generator().manual_seed(0)
-
-    def step(bf16: bool) -> None:
-        crops = CropRandomness.draw(batch_size, False, generator)
-        boxes = crops.boxes(side, side, (0.3, 1.0))
-        images = crop_resize(normalize(pictures), boxes, crops.flip, 32)
-        idx = (x.to(device) for x in sampler.sample(batch_size, generator))
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = model(images, *idx)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_target(0.996)
-        loss.item()
-
-    rates = {}
-    for name, bf16 in (("float32", False), ("bfloat16", True)):
-        step(bf16)
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            step(bf16)
-            times.append(time.perf_counter() - start)
-        rates[name] = round(batch_size / statistics.median(times), 1)
-    write("speed", "python tests/benchmark/record.py speed", batch=batch_size, images_per_s=rates)
-
-
 def memory(images: int = 32) -> None:
     """What each model takes in each process, sharded and not, on so many of them."""
     from memory import table
@@ -320,18 +283,106 @@ def memory_lines() -> list[str]:
     return lines
 
 
+def speed_lines() -> list[str]:
+    """Rates of a whole step, where its time and its FLOPs go, streaming, start; what is missing."""
+    steps = [record(path.stem) for path in sorted(RESULTS.glob("step_*.json"))]
+    names = list(dict.fromkeys(r["name"] for of in steps for r in of["rows"]))
+    order = {name: i for i, name in enumerate(names)}
+    names.sort(key=lambda name: (name.startswith("released"), order[name]))
+    lines = [f"| step, batch, machine | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for of in steps:
+        width, depth = of["predictor"]
+        cells = [
+            f"`{of['model']}` {of['img_size']}/{of['patch_size']}, predictor {width} wide and "
+            f"{depth} deep, {of['batch']}, {of['hardware']}"
+        ]
+        rows = {r["name"]: r for r in of["rows"]}
+        for name in names:
+            r = rows.get(name)
+            cell = f"{r['images_per_s']:.3g}, {100 * r['share_of_peak']:.0f} %" if r else ""
+            cell += f", {r['memory_gb']} GB" if r and "memory_gb" in r else ""
+            ratio = r.get("against released") if r else None
+            cells.append(cell + (f", {ratio:.2f}" if ratio else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    blank = " |" * (len(names) - 1)
+    lines += [f"| {what} | not measured |{blank}" for what in SPEED_NOT_MEASURED]
+    when = sorted({f"torch {of['torch']}, {of['date']}" for of in steps})
+    lines += [
+        "",
+        "Images/s, the share of the machine's matmul rate in that number format, and the ratio to "
+        f"the released code in float32. {'; '.join(when)}:",
+        "",
+        *(f"    {of['command']}" for of in steps),
+        "",
+    ]
+
+    of = record("where_cpu")
+    kinds = list(of["time"]["float32"])
+    lines += [f"| time of a step, `{of['model']}`, CPU | {' | '.join(kinds)} |"]
+    lines += ["|---" * (1 + len(kinds)) + "|"]
+    for row, time_of in of["time"].items():
+        lines.append(f"| {row} | {' | '.join(f'{time_of[kind]} %' for kind in kinds)} |")
+    parts = list(of["flops"][0]["share"])
+    lines += ["", f"| FLOPs of a step | predictor | GFLOP an image | {' | '.join(parts)} |"]
+    lines += ["|---" * (3 + len(parts)) + "|"]
+    for r in of["flops"]:
+        cells = " | ".join(f"{r['share'][part]} %" for part in parts)
+        what = f"`{r['model']}` {r['patches']}"
+        lines.append(f"| {what} | {r['predictor']} | {r['gflop']} | {cells} |")
+    lines += ["", f"`{of['command']}`; {of['hardware']}, {of['date']}.", ""]
+
+    lines += ["| what | figure | where, when, how |", "|---|---|---|"]
+
+    def row(what: str, figure: str, of: dict) -> None:
+        how = f"{of['hardware']}, {of['date']}, `{of['command']}`"
+        lines.append(f"| {what} | {figure} | {how} |")
+
+    masks = record("masks")
+    for grid, us in masks["microseconds_an_image"].items():
+        row(f"drawing masks, {grid}x{grid} grid, one core", f"{us:.1f} µs an image", masks)
+    of = record("decoding")
+    rates, share = of["images_per_s"], of["of_bare"]
+    figure = f"{rates['batches']:.0f} images/s, {100 * share['batches']:.0f} %"
+    row("streaming, one core, of bare decode, crop and resize", figure, of)
+    figure = f"{rates['one worker']:.0f} images/s, {100 * share['one worker']:.0f} %"
+    row("the same, as it arrives from one worker process", figure, of)
+    of = record("start_cpu")
+    for key, what in (("gradient", "first gradient"), ("step", "first step, after an evaluation")):
+        what = f"`{of['model']}`, from the command line to the {what}"
+        row(what, f"{of['seconds'][key]} s", of)
+    return lines
+
+
+SPEED_NOT_MEASURED = (
+    "ViT-H/14 at 224, bfloat16, one H200 (aim: 600 images/s, 50 % of the peak, 2x released)",
+    "`vit_tiny` 32/4, one H200 (aim: 60,000 images/s, 20x released with its loader)",
+    "ViT-H/14, batch 256, one H200: memory, with and without `--checkpoint-activations`",
+    "`vit_tiny`, one H200: to the first compiled step (aim: under 60 s)",
+)
+
+
+def gpu(peer: str = "") -> None:
+    """Everything that README.md says of speed, on a GPU; peer: a checkout of the released code."""
+    beside = ["--peer", peer] if peer else []
+    rows = "bfloat16,compiled,recomputed" + (",released bfloat16" if peer else "")
+    tiny = ["--model", "vit_tiny", "--batch-size", "512", "--seconds", "4", "--turns", "4"]
+    huge = ["--model", "vit_huge", "--batch-size", "256", "--seconds", "12", "--turns", "3"]
+    for name, *options in (
+        ["step.py", *tiny, *beside, "--out", "gpu_vit_tiny"],
+        ["step.py", *huge, *beside, "--rows", rows, "--out", "gpu_vit_huge"],
+        ["start.py", "--out", "start_gpu"],
+        ["where.py", "--batch-size", "512", "--out", "gpu"],
+        ["scaling.py", "--scans", "batch,size,model", "--seconds", "2", "--out", "gpu"],
+    ):
+        script = str(Path(__file__).with_name(name))
+        done = subprocess.run([sys.executable, script, *options], cwd=ROOT)
+        print(f"{name} {' '.join(options)}: exit code {done.returncode}", flush=True)
+
+
 FAULTS = (
     "kills", "signals", "damage", "full", "equality", "machines", "pictures", "fuzz", "memory",
 )  # fmt: skip
 DESCRIPTIONS = {
-    "masks": lambda r: [
-        (f"drawing masks, {grid}x{grid} grid, one core", f"{us:.1f} µs an image")
-        for grid, us in r["microseconds_an_image"].items()
-    ],
-    "speed": lambda r: [
-        (f"training step, `vit_tiny` 32/4, batch {r['batch']}, {kind}", f"{rate:.0f} images/s")
-        for kind, rate in r["images_per_s"].items()
-    ],
     "stream": lambda r: [
         (
             f"`vit_small`/16, 200 ImageNet pictures streamed, {r['steps']} steps: training loss",
@@ -363,19 +414,19 @@ DATA_OF_CIFAR = "CIFAR-10 (JPEG copy)"  # altered pixels: 2 to 3 points less tha
 NOT_MEASURED = (
     "features of `vit_tiny` on a GPU (aim: 100,000 images/s), and all of `probe.py` on CIFAR-10",
     "`vit_tiny` on CIFAR-10, 100 epochs, one GPU",
-    "images/s of any model on a GPU",
 )
 BLOCKS = {  # of README.md
     "demo": demo_lines,
     "probe": probe_lines,
     "measured": measured_lines,
+    "speed": speed_lines,
     "faults": faults_lines,
     "memory": memory_lines,
 }
 
 
 if __name__ == "__main__":
-    functions = (demo, masks, speed, cifar10, stream, probe, memory, readme)
+    functions = (demo, masks, cifar10, stream, probe, memory, gpu, readme)
     commands = {f.__name__: f for f in functions}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)

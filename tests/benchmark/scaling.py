@@ -33,9 +33,9 @@ from ijepa import MODELS  # noqa: E402
 SIZES = ((32, 4), (96, 8), (224, 16), (448, 16))  # pixels of an image, and of a patch
 SCANS = {
     "batch": "pictures a step (vit_tiny 32/4)",
-    "size": "pixels a side (vit_tiny)",
+    "size": "pixels a side (vit_tiny; patches of 4, 8, 16, 16)",
     "model": "million weights of the encoder (224/16)",
-    "processes": "processes on the same cores (vit_nano)",
+    "processes": "processes that share the cores (vit_nano)",
 }
 
 
@@ -136,6 +136,9 @@ def draw() -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        if axis is axes[-1]:
+            axis.set(yscale="linear", ylim=(0, None))
+            continue
         low, high = axis.get_ylim()
         ticks = [m * 10**e for e in range(-2, 7) for m in (1, 2, 5) if low <= m * 10**e <= high]
         axis.set_yticks(ticks)

@@ -168,9 +168,9 @@ Step = Callable[[], Tensor]  # one training step; the loss, which nobody has wai
 
 def ours(
     setting: Setting, bf16: bool = False, compiled: bool = False, graphs: bool = False,
-    recompute: bool = False,
+    recompute: bool = False, fused: bool = False,
 ) -> Step:  # fmt: skip
-    """The step of train.py, with the options of the same names."""
+    """The step of train.py, with its options; fused: attention by PyTorch's kernel all the same."""
     model, device = setting.model(), setting.device
     if recompute:
         train.checkpoint_activations(model)
@@ -180,7 +180,8 @@ def ours(
     batches = setting.batches()
 
     def run(batch: Batch) -> Tensor:
-        with autocast(device, bf16):
+        how = torch.autocast(device.type, torch.bfloat16) if fused else autocast(device, bf16)
+        with how:
             loss = model(batch.images, batch.context_idx, batch.target_idx)
         loss.backward()
         return loss.detach()
@@ -339,6 +340,7 @@ def table_rows(setting: Setting) -> dict[str, tuple[Callable[[], Step], torch.dt
         "compiled": (lambda: ours(setting, bf16=True, compiled=True), half),
     }
     if not cuda:
+        rows["bfloat16 fused attention"] = (lambda: ours(setting, bf16=True, fused=True), half)
         rows["compiled float32"] = (lambda: ours(setting, compiled=True), full)
     if cuda:
         rows["compiled graphs"] = (lambda: ours(setting, True, compiled=True, graphs=True), half)
@@ -478,7 +480,8 @@ def main() -> None:
     print(format_rows(rows))
     if config.out:
         words = [word.replace(config.peer, "PATH") if config.peer else word for word in sys.argv]
-        command = " ".join(["python tests/benchmark/step.py", *words[1:]])
+        words = [f'"{word}"' if " " in word else word for word in words[1:]]
+        command = " ".join(["python tests/benchmark/step.py", *words])
         record.write(
             f"step_{config.out}", command, model=config.model, batch=config.batch_size,
             img_size=c.img_size, patch_size=c.patch_size,

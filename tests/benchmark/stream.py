@@ -1,7 +1,7 @@
 """Streamed pictures: images/s of one core, against decoding and resizing them and nothing else.
 
     python tests/benchmark/stream.py FOLDER              a folder with train/<class>/<picture>
-    python tests/benchmark/stream.py FOLDER --out stream_rate
+    python tests/benchmark/stream.py FOLDER --out decoding
 
 `bare`: open, decode, crop, resize, with Pillow, the same crops, one thread. `batches`: what a
 worker process does for training, whole micro-batches with masks. `one worker`: the same as the
