@@ -426,8 +426,8 @@ class Pictures:
         """The pictures as evaluation sees them: whole, (B, 3, S, S) uint8. None is broken."""
         return self.images[index.to(self.images.device)]
 
-    def open(self, index: int, broken: set[str]) -> Image.Image:
-        """Picture `index`, for worker processes; none is broken."""
+    def open(self, index: int, broken: set[str], least: int | None = None) -> Image.Image:
+        """Picture `index`, for worker processes; none is broken, all have the size they have."""
         return to_picture(self.images[index])
 
 
@@ -443,12 +443,15 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def open(self, index: int, broken: set[str]) -> Image.Image:
-        """Picture `index`, or the next readable one with its labels; others join `broken`."""
+    def open(self, index: int, broken: set[str], least: int | None = None) -> Image.Image:
+        """Picture `index`, or the next readable one with its labels; others join `broken`.
+
+        least: pixels of the shorter side that will do; see `open_picture`.
+        """
         for candidate in self._alike(index):
             path = self.files[candidate]
             try:
-                return open_picture(path)
+                return open_picture(path, least)
             except Exception as error:  # decoders raise almost anything on damaged files
                 broken.add(f"{path} ({type(error).__name__}: {error})")
         raise UserError(f"neither {self.files[index]} nor any picture with its labels can be read")
@@ -467,7 +470,8 @@ class Folder:
         broken = set() if broken is None else broken
         images = memory_for(len(index), self.img_size)
         for i, number in enumerate(index.tolist()):
-            images[i] = centre_crop(self.open(number, broken), self.img_size, 8 / 7)
+            picture = self.open(number, broken, math.ceil(self.img_size * 8 / 7))
+            images[i] = centre_crop(picture, self.img_size, 8 / 7)
         return images
 
 
@@ -484,12 +488,17 @@ def _opened(path: Path) -> Image.Image:
         return Image.open(path)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, least: int | None = None) -> Image.Image:
     """A picture file as RGB, the right way up, 8 of 16 bits; of an animation the first picture.
 
+    least: a JPEG may be decoded at a half, a quarter or an eighth of its size, which takes much
+        less time, as long as its shorter side keeps so many pixels. Decoders average over whole
+        pixels for that, as resizing would.
     Raises almost anything if it is damaged; see `_opened`.
     """
     with _opened(path) as picture:
+        if least is not None:
+            picture.draft(None, (least, least))
         ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I"):  # 16 bits, which convert() would clip to white
             picture = Image.fromarray((np.array(picture) // 256).clip(0, 255).astype(np.uint8))
@@ -973,8 +982,10 @@ class _Stream(torch.utils.data.Dataset):
         part = share(self.plan, micro)
         index, crops, size = index[part], crops[part], self.data.img_size
         images, broken = memory_for(len(index), size), set()
+        # What the smallest crop of the narrowest kind needs, so that none is enlarged.
+        least = math.ceil(size / math.sqrt(self.plan.crop_scale[0] * 3 / 4))
         for i, number in enumerate(index.tolist()):
-            picture = self.data.open(number, broken)
+            picture = self.data.open(number, broken, least)
             if self.plan.crop_scale == (1.0, 1.0):
                 images[i] = centre_crop(picture, size)
             else:

@@ -453,6 +453,55 @@ def test_pictures_are_turned_the_right_way_up(tmp_path, orientation):
     assert np.abs(colours_of(loaded) - np.array(COLOURS)).max() <= 12
 
 
+@pytest.mark.parametrize(
+    ("size", "least", "expected"),
+    [
+        ((400, 300), 300, (400, 300)),
+        ((400, 300), 151, (400, 300)),  # half of it would not do
+        ((400, 300), 150, (200, 150)),
+        ((403, 301), 75, (101, 76)),  # a quarter, rounded up
+        ((400, 300), 1, (50, 38)),  # an eighth is the least there is
+    ],
+)
+def test_large_jpegs_are_decoded_at_a_fraction_that_will_do(tmp_path, size, least, expected):
+    gradient = np.add.outer(np.linspace(0, 120, size[1]), np.linspace(0, 120, size[0]))
+    picture = Image.fromarray(gradient.round().astype(np.uint8)).convert("RGB")
+    picture.save(tmp_path / "x.jpg", quality=95)
+    loaded = data.open_picture(tmp_path / "x.jpg", least)
+    assert loaded.size == expected
+    wanted = picture.resize(expected, Image.Resampling.BOX)
+    assert np.abs(np.array(loaded).astype(int) - np.array(wanted)).max() <= 4
+    picture.save(tmp_path / "x.png")
+    assert data.open_picture(tmp_path / "x.png", least).size == size
+
+
+def test_a_fraction_is_turned_the_right_way_up_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = quadrants().resize((320, 160)).transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    loaded = data.open_picture(tmp_path / "x.jpg", 16)
+    assert loaded.size == (40, 20)
+    assert np.abs(colours_of(loaded) - np.array(COLOURS)).max() <= 12
+
+
+def test_no_crop_of_a_large_jpeg_is_enlarged(tmp_path, monkeypatch):
+    """Pictures of many sizes, decoded at a fraction: each crop still has the pixels it needs."""
+    sides = [(320, 200), (200, 320), (150, 150), (640, 90), (1000, 700)]
+    make_folder(tmp_path, {"a": 20, "b": 20}, sides, ".jpg")
+    crops, crop = [], Image.Image.crop
+    monkeypatch.setattr(
+        Image.Image, "crop", lambda p, box: crops.append((p.size, box)) or crop(p, box)
+    )
+    folder, size = streamed(tmp_path, img_size=32), 32
+    stream = data._Stream(folder, make_plan(40, batch_size=40, masks=MaskCollator(8)))
+    for step in range(5):
+        stream[step, 0]
+    assert len(crops) == 200 and {p for p, _ in crops} & {(160, 100), (250, 175)}
+    for _, (left, top, right, bottom) in crops:
+        assert min(right - left, bottom - top) >= size - 1  # rounded to whole pixels
+
+
 def test_evaluation_crops_the_centre_at_seven_eighths(tmp_path):
     columns = np.linspace(0, 240, 121)[None].repeat(80, 0)  # 2 a pixel, from left to right
     Image.fromarray(columns.astype(np.uint8)).save(tmp_path / "x.png")

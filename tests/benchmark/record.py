@@ -346,6 +346,9 @@ def speed_lines() -> list[str]:
     row("streaming, one core, of bare decode, crop and resize", figure, of)
     figure = f"{rates['one worker']:.0f} images/s, {100 * share['one worker']:.0f} %"
     row("the same, as it arrives from one worker process", figure, of)
+    of = record("decoding_large")
+    figure = f"{of['images_per_s']['batches']:.0f} images/s, {100 * of['of_bare']['batches']:.0f} %"
+    row("the same, JPEGs of 12 megapixels: decoded at a fraction of their size", figure, of)
     of = record("start_cpu")
     for key, what in (("gradient", "first gradient"), ("step", "first step, after an evaluation")):
         what = f"`{of['model']}`, from the command line to the {what}"
