@@ -738,7 +738,7 @@ def longer(pickled: bytes) -> bytes:
     [
         (lambda _: pickle.dumps({"x": Bytes()}, 2), r"would run code \(__builtin__.bytearray\)"),
         (lambda _: pickle.dumps({"x": Bytes()}, 4), r"would run code \(builtins.bytearray\)"),
-        (longer, "does not match expected size"),
+        (longer, "does not match expected size|lacks its config"),  # torch 2.6 does not compare
         (lambda pickled: pickled[:-5], "truncated or damaged"),
     ],
 )
