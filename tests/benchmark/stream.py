@@ -132,7 +132,8 @@ def main() -> None:
         print(f"{name:12} {value:8.1f} images/s  {100 * found['of_bare'][name]:5.1f} % of bare")
     print(f"waited for {100 * found['waited']:.1f} % of a step that takes a tenth longer")
     if config.out:
-        command = f"python tests/benchmark/stream.py FOLDER --out {config.out}"
+        words = ["FOLDER" if word == config.folder else word for word in sys.argv[1:]]
+        command = " ".join(["python tests/benchmark/stream.py", *words])
         record.write(config.out, command, **found)
 
 
