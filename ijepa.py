@@ -528,7 +528,7 @@ class IJEPA(nn.Module):
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * encoder, after each optimizer step."""
         targets, online = self.target_encoder.parameters(), self.encoder.parameters()
-        torch._foreach_lerp_(list(targets), list(online), 1 - momentum)  # a loop over both
+        torch._foreach_lerp_(list(targets), list(online), 1 - momentum)  # pair by pair
 
 
 # ------------------------------------------------------------ schedules and optimizer (App. A.1)

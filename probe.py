@@ -1584,6 +1584,7 @@ def _config(fields: Mapping) -> IJEPAConfig:
 
 def _on_meta(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
     """A network on the meta device, if these weights have all its names and shapes."""
+    sincos_positions(4, (1, 1))  # einops' first use: torch 2.6 imports what fails on that device
     try:
         with torch.device("meta"):
             network = build()

@@ -69,6 +69,7 @@ from ijepa import (  # noqa: E402
     MaskCollator,
     grid_of,
     parameter_groups,
+    sincos_positions,
 )
 
 
@@ -376,6 +377,7 @@ def measure(setting: Setting) -> list[dict]:
     flops, peaks = mean_flops(c, setting.masks), {}
     found, alive = {}, {}
     rows = table_rows(setting)
+    sincos_positions(4, (1, 1))  # einops' first use, which torch 2.6 cannot have on that device
     with torch.device("meta"):
         together = sum(p.numel() for p in IJEPA(c).parameters()) < 200e6
 
