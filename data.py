@@ -243,7 +243,10 @@ def placed(device: str | None, timeout: float = 120) -> Iterator[Place]:
             f"process {rank} of {world_size}: another one has ended, or has not answered for "
             f"{timeout:g} minutes (--timeout); one that does not say this hangs ({one_line(error)})"
         ) from error
-    dist.destroy_process_group()  # not after an error: it would wait for the others
+    # Neither after an error: they would wait for the others. Without the first, a process that
+    # leaves last was seen to wait for them in the second (gloo, torch 2.6).
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def cores() -> int:
