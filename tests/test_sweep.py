@@ -199,8 +199,9 @@ out = Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir()
 print("device   a slow one, float32")
 print("step      0  loss    -    held out 0.5000")
-(out / "log.csv").write_text("step,epoch,loss,lr,weight_decay,momentum,images_per_s,val_loss,knn,"
-    "rankme,feature_std\n0,0.0,,,,,,0.5,10.0,3.0,0.1\n6,0.5,0.4,1,1,1,8.0,,,,\n")
+header = "step,epoch,loss,lr,weight_decay,momentum,images_per_s,val_loss,knn,rankme,feature_std"
+rows = "0,0.0,,,,,,0.5,10.0,3.0,0.1", "6,0.5,0.4,1,1,1,8.0,,,,"
+(out / "log.csv").write_text("".join(row + "\\n" for row in (header, *rows)))
 
 def end(number, _):
     print("saved", file=sys.stderr)
@@ -217,7 +218,7 @@ def test_the_time_limit_ends_a_run_which_leaves_how_far_it_came(tmp_path):
     run = sweep.Run("patient", 0, (str(tmp_path / "patient.py"),))
     row, number = sweep.measure(run, {"batch_size": 8}, 2.0, tmp_path / "run")
     assert number == 0 and row["error"] == "stopped by the time limit after 0.0 minutes"
-    assert (row["steps"], row["epochs"], row["loss"]) == (6, 0.5, 0.4) and "linear" not in row
+    assert (row["steps"], row["epochs"], row["loss"]) == ("6", "0.5", "0.4") and "linear" not in row
     assert row["device"] == "a slow one, float32"
     (point,) = json.loads(row["curve"])
     assert (point["step"], point["val_loss"], point["knn"]) == (0, 0.5, 10.0)
@@ -289,13 +290,22 @@ def test_a_list_with_a_mistake_is_refused_before_anything_runs(tmp_path, text, s
     assert not (tmp_path / "runs.csv").exists()
 
 
-def test_lists_of_the_project_can_be_read_and_train_py_takes_them():
-    found = sorted((BENCHMARK / "lists").glob("*.txt"))
-    assert found
-    for path in found:
-        runs = sweep.make_runs(sweep.read_list(path), ["--data", "cifar10"], 2)
-        assert len({run.command for run in runs}) == len(runs)
-        assert all(sweep.configuration(run)["data"] == "cifar10" for run in runs)
+@pytest.mark.parametrize("path", sorted((BENCHMARK / "lists").glob("*.txt")), ids=lambda p: p.stem)
+def test_the_command_at_the_head_of_a_list_is_one_that_train_py_takes(path, monkeypatch):
+    text = path.read_text().replace("\\\n#", " ")
+    (line,) = (line for line in text.splitlines() if "tests/benchmark/sweep.py" in line)
+    words = shlex.split(line.partition("python ")[2])
+    assert words[:2] == ["tests/benchmark/sweep.py", str(path.relative_to(ROOT))]
+    options = shlex.split(words[words.index("--options") + 1])
+    options = ["cifar10" if word == "FOLDER" else word for word in options]
+    runs = sweep.make_runs(sweep.read_list(path), options, 2)
+    assert len({run.command for run in runs}) == len(runs) >= 6
+    configs = [sweep.configuration(run) for run in runs]
+    assert len({json.dumps(config) for config in configs}) == len(runs)  # no two are the same
+    assert {config["model"] for config in configs} == {"_".join(path.stem.split("_")[:2])}
+    for config in configs:  # all masks can be drawn
+        names = ("num_targets", "target_scale", "context_scale", "context_size")
+        MaskCollator(8, config["masks"], **{name: config[name] for name in names})
 
 
 def test_seeds_are_the_outer_loop_and_paths_are_not_shown():
