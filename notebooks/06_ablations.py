@@ -84,9 +84,8 @@ def ours(table: str, setting: str) -> list[float]:
 
 
 def baseline(name: str) -> float:
-    """The same of "raw pixels" or of the "untrained" encoder, mean over seeds."""
-    found = [row for row in measured if ablations.is_row(row["tag"], "masks", "ours")]
-    figures = [json.loads(row["baselines"])[name] for row in found]
+    """The same of "raw pixels" or of the "untrained" encoder, mean over all runs."""
+    figures = [json.loads(row["baselines"])[name] for row in measured]
     return mean_std([of_task({t: of["linear"] for t, of in f.items()}) for f in figures])[0]
 
 
@@ -130,10 +129,10 @@ print(f"here: {sum(map(bool, values.values()))} of {len(rows)} rows are measured
 # ## What is hidden
 #
 # Left, the paper: accuracy on ImageNet, with 1 % of the labels. Right, ours: a dot for each seed
-# (the same run with other random numbers), a bar for their mean; the dashed line is the encoder
-# before training. A star marks the method as it is; so it is one and the same run that has a star
-# in several panels. Compare rows within a panel: the two columns have different scales, models and
-# pictures.
+# (the same run with other random numbers); the bar goes from the encoder before training, at the
+# dashed line, to the mean of the dots, so its length is what training has brought. A star marks the
+# method as it is; so it is one and the same run that has a star in several panels. Compare rows
+# within a panel: the two columns have different scales, models and pictures.
 #
 # The last panel is not in the paper. The code that its authors released draws masks with errors:
 # blocks never reach the last row and column, and the contexts of a batch are cut to the shortest
@@ -144,7 +143,8 @@ print(f"here: {sum(map(bool, values.values()))} of {len(rows)} rows are measured
 
 # %%
 inside = [x for of in values.values() for x in of]
-limits = (min([*inside, baseline("untrained")]) - 2, max(inside) + 6) if inside else (0, 100)
+floor = baseline("untrained")  # NaN, if nothing is measured
+limits = (min([*inside, floor]) - 1, max(inside) + 3) if inside else (0, 100)
 default = {(t, s) for t, s, options in ablations.rows("vit_nano") if not options}
 
 
@@ -163,13 +163,12 @@ def draw(names: list[str]) -> None:
                 left.text(top1 + 1, i, f"{top1:.1f}", va="center")
             if found:
                 mean = mean_std(found)[0]
-                right.barh(i, mean, 0.6, color=classroom.VERMILION, alpha=0.45)
+                right.barh(i, mean - floor, 0.6, left=floor, color=classroom.VERMILION, alpha=0.45)
                 right.plot(found, [i] * len(found), "o", color="black", markersize=5)
-                right.text(max(found) + 0.4, i, f"{mean:.1f}", va="center")
+                right.text(max(*found, floor) + 0.4, i, f"{mean:.1f}", va="center")
             else:
                 right.text(limits[0] + 1, i, "not measured", va="center", color=classroom.VERMILION)
-        if found:
-            right.axvline(baseline("untrained"), color="black", linestyle="--", linewidth=1.5)
+        right.axvline(floor, color="black", linestyle="--", linewidth=1.5)
         stars = ["★ " if (name, s) in default else "" for s in tables[name]]
         labels = [
             f"{star}{LABELS.get((name, s), s)}" for star, s in zip(stars, tables[name], strict=True)
@@ -182,8 +181,9 @@ def draw(names: list[str]) -> None:
         left.set_title(f"{number}: {TITLES[name]}", loc="left")
         if name == "masks":
             left.text(50, 0.5, "not in the paper", ha="center", va="center")
-    for axis, title in zip(axes[-1], ("paper: accuracy (%)", "here: accuracy (%)"), strict=True):
-        axis.set_xlabel(title)
+    task = "mean of the tasks" if TASK == "mean" else TASK
+    for axis, of in zip(axes[-1], ("paper", f"here, {task}"), strict=True):
+        axis.set_xlabel(f"{of}: accuracy (%)")
     plt.show()
 
 
@@ -253,10 +253,13 @@ assert [best[t] for t in ("6", "8", "9", "10")] == ["multiblock", "0.15-0.2", "0
 # Now in words, from the same figures:
 
 # %%
-if spread is not None:
-    _, least = compare("masks", "ours", "released")
+if spread is None:
+    print("not enough is measured: it takes two seeds of a row")
+else:
+    seeds = max(len(of) for of in values.values())
+    least = 2 * spread * (2 / seeds) ** 0.5
     print(
-        f"Seeds differ by {spread:.1f} points, so two means have to be {least:.1f} points apart.\n"
+        f"Seeds differ by {spread:.1f} points: two means of {seeds} have to be {least:.1f} apart.\n"
     )
     counts = {"as in the paper": 0, "the other way round": 0, "too close to tell": 0}
     for table in best:
@@ -268,21 +271,20 @@ if spread is not None:
     said = ", ".join(f"{number} {word}" for word, number in counts.items())
     print(f"Pairs of rows within the paper's tables: {said}.\n")
     trained = {row: mean_std(of)[0] for row, of in values.items() if of}
-    (low, high) = sorted(trained, key=trained.get)[:: len(trained) - 1]
-    for word, row in (("best", high), ("worst", low)):
-        print(
-            f"The {word} of all: {TITLES[row[0]]}, {LABELS.get(row, row[1])}: {trained[row]:.1f} %."
-        )
-    floor = baseline("untrained")
+    for word, row in (
+        ("best", max(trained, key=trained.get)),
+        ("worst", min(trained, key=trained.get)),
+    ):
+        name = LABELS.get(row, row[1])
+        print(f"The {word} of all: {TITLES[row[0]]}, {name}: {trained[row]:.1f} %.")
     below = [LABELS.get(row, row[1]) for row, mean in trained.items() if mean < floor]
     print(f"The untrained encoder: {floor:.1f} %, raw pixels: {baseline('raw pixels'):.1f} %.")
     print(f"Rows that training made worse than that: {', '.join(below) or 'none'}.\n")
-    ahead, least = compare("masks", "ours", "released")
-    sure = "more" if abs(ahead) >= least else "less"
-    print(
-        f"Our masks are {ahead:+.1f} points from the released sampler's: {sure} than it takes to "
-        "believe it."
-    )
+    if values["masks", "ours"] and values["masks", "released"]:
+        ahead, least = compare("masks", "ours", "released")
+        where = "ahead of" if ahead > 0 else "behind"
+        sure = "enough" if abs(ahead) >= least else "too little"
+        print(f"Our masks are {abs(ahead):.1f} points {where} the released: {sure} to believe it.")
 
 # %% [markdown]
 # > **Question.** We compare more than thirty pairs of rows, and believe what chance alone does once
@@ -311,7 +313,8 @@ def options_of(table: str, setting: str) -> dict:
 
 
 context = {}
-print(f"{'':19} {'patches of a target':28} context patches")
+print(f"{'':21}{'patches of a target':28}   context patches")
+print(f"{'':21}{'14 x 14':15}{'here':13}   {'14 x 14':14}here")
 for table in ("8", "9", "10"):
     for setting in tables[table]:
         cells = []

@@ -157,6 +157,25 @@ def test_it_runs_from_a_clean_kernel(name, project):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_ablations_of_which_few_or_none_are_measured(project):
+    """What a class sees that has begun with runs of its own: no figure is missed."""
+    pytest.importorskip("ipykernel", reason="pip install -r requirements.txt")
+    path = project / "results" / "ablations.csv"
+    before = path.read_text()
+    first, *others = before.splitlines(keepends=True)
+    try:
+        for lines in ([], [first, *others[1:3]]):
+            path.write_text("".join(lines))
+            notebook = build.read("06_ablations", project / "notebooks")
+            build.execute(notebook, project / "notebooks", timeout=300)
+            outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+            text = "".join(output.get("text", "") for output in outputs)
+            assert f"here: {len(lines[1:])} of 30 rows are measured" in text
+            assert text.count(" not measured") >= 6 and "not enough is measured" in text
+    finally:
+        path.write_text(before)
+
+
 def test_missing_packages_are_named_in_one_line(monkeypatch):
     error = pytest.importorskip("IPython.core.error", reason="pip install -r requirements.txt")
     import classroom
