@@ -316,6 +316,21 @@ def test_seeds_are_the_outer_loop_and_paths_are_not_shown():
     assert sweep.common_options(runs[0].command) == "--data FOLDER"
 
 
+def test_the_table_has_mean_and_spread_over_seeds_and_the_failures():
+    def row(seed: int, knn: float, linear: float, **more) -> dict:
+        curve = json.dumps([{"knn": 30.0, "rankme": 9.0}, {"knn": knn, "rankme": 4.0}])
+        row = {"tag": "a", "command": f"python train.py --lr 1 --seed {seed} --flip", "data": "d"}
+        row |= {"minutes": "2", "loss": "0.25", "curve": curve, "note": "", "error": ""}
+        return row | {"linear": json.dumps({"class": linear})} | more
+
+    failed = row(0, 0, 0, tag="b", command="python train.py --seed 0", error="no memory")
+    rows = [row(0, 20, 50.0), row(1, 22, 54.0), row(2, 99, 99, error="stopped"), failed]
+    assert sweep.table(rows)[2:] == [
+        "| a | 2 | 2.0 | 0.250 | 30.0 → 21.0 | 9.0 → 4.0 | class 52.0 ± 2.8 | `--lr 1 --flip` |",
+        "| b | 0 | | no memory | | | |  |",
+    ]
+
+
 def test_lines_added_at_once_are_whole(tmp_path):
     """Eight writers, a long line each time: none is torn, and there is one header."""
     path = tmp_path / "runs.csv"

@@ -4,6 +4,7 @@
     python tests/benchmark/sweep.py LIST --minutes 25 --seeds 3      all with seed 0 first, then 1
     python tests/benchmark/sweep.py LIST --minutes 0                 show the commands, run nothing
     python tests/benchmark/sweep.py LIST --minutes 9 --options "--data FOLDER" --keep runs/sweep
+    python tests/benchmark/sweep.py --show                           what is in results/runs.csv
 
 LIST is a text file with a line for each configuration: a name, and options of train.py.
 
@@ -66,6 +67,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from record import hardware  # noqa: E402
 
+import probe  # noqa: E402
 import train  # noqa: E402
 from data import StoppedError, UserError, option, parse_options, run_script, writing  # noqa: E402
 
@@ -91,6 +93,7 @@ class SweepConfig:
     keep: str | None = option(None, "a folder for the runs' folders (default: removed)")
     note: str = option("", "what else to say of these runs, such as which copy of the pictures")
     again: bool = option(False, "repeat what failed or was stopped")
+    show: bool = option(False, "print the lines of --out as a table, seeds together; run nothing")
 
 
 @dataclass(frozen=True)
@@ -351,8 +354,49 @@ def sweep(
         print(f"{failed} failed before: --again repeats them")
 
 
+def table(rows: list[dict]) -> list[str]:
+    """What runs have reached, in Markdown: a row for each command, mean and spread over its seeds.
+
+    20-NN and RankMe go from the first evaluation to the last, accuracies are in percent.
+    """
+    lines = [
+        "| run | seeds | minutes | loss | 20-NN | RankMe | linear probe | options |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        command = re.sub(r" --seed \d+", "", row["command"])
+        groups.setdefault((command, row["data"], row["note"]), []).append(row)
+    for (command, *_), group in groups.items():
+        done = [row for row in group if not row["error"]]
+        options = command.removeprefix("python train.py").strip()
+        options = options and f"`{options}`"
+        if not done:
+            lines.append(f"| {group[-1]['tag']} | 0 | | {group[-1]['error']} | | | | {options} |")
+            continue
+        curves = [json.loads(row["curve"]) for row in done]
+
+        def mean(values: Iterable[float]) -> float:
+            return probe.mean_std(list(values))[0]
+
+        cells = [done[0]["tag"], str(len(done)), f"{mean(float(r['minutes']) for r in done):.1f}"]
+        cells.append(f"{mean(float(row['loss']) for row in done):.3f}")
+        for name in ("knn", "rankme"):
+            ends = (mean(curve[i][name] for curve in curves) for i in (0, -1))
+            cells.append(" → ".join(f"{end:.1f}" for end in ends))
+        found = [json.loads(row["linear"]) for row in done]
+        of = {task: probe.mean_std([linear[task] for linear in found]) for task in found[0]}
+        spread = {task: f" ± {std:.1f}" if len(done) > 1 else "" for task, (_, std) in of.items()}
+        cells.append(", ".join(f"{task} {of[task][0]:.1f}{spread[task]}" for task in of))
+        lines.append(f"| {' | '.join([*cells, options])} |")
+    return lines
+
+
 def main() -> None:
     config, _ = parse_options(SweepConfig, __doc__)
+    if config.show:
+        print("\n".join(table(read(Path(config.out)))))
+        return
     if config.file is None or config.minutes is None:
         raise UserError("which list, for how long? Give a file, and --minutes, 0 to see commands")
     runs = make_runs(read_list(Path(config.file)), shlex.split(config.options), config.seeds)
