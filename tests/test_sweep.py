@@ -1,4 +1,4 @@
-"""Lists of runs, and the masks with the released sampler's errors (tests/benchmark)."""
+"""Lists of runs, and what is measured beside them: tests/benchmark/sweep.py and its neighbours."""
 
 import csv
 import json
@@ -21,6 +21,7 @@ BENCHMARK = ROOT / "tests" / "benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
 import ablations  # noqa: E402
+import geometry  # noqa: E402
 import sweep  # noqa: E402
 from released_masks import ReleasedMasks, first_of_each  # noqa: E402
 
@@ -425,3 +426,21 @@ def test_released_masks_are_masks():
     for wrong in ({"strategy": "random"}, {"context_size": 5}):
         with pytest.raises(ValueError, match="released sampler"):
             ReleasedMasks(8, **wrong)
+
+
+# ------------------------------------------------------------------ what fills a representation
+
+
+def test_share_of_variance_is_that_of_scikit_learn_and_whitened_features_are_white():
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="tests/requirements.txt")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=generator)
+    y = x @ torch.randn(3, 8, generator=generator) + 2 * torch.randn(500, 8, generator=generator)
+    y[:, 0] *= 100  # the largest variance counts most
+    fitted = linear_model.LinearRegression().fit(x, y).predict(x)
+    rest = ((y.numpy() - fitted) ** 2).sum() / ((y - y.mean(0)) ** 2).sum().item()
+    assert geometry.explained(x, y) == pytest.approx(1 - rest, abs=1e-5)
+
+    white, others = geometry.whiten(y, y[:100])
+    np.testing.assert_allclose(np.cov(white.numpy().T), np.eye(8), atol=1e-3)
+    np.testing.assert_allclose(others, white[:100], atol=1e-4)
