@@ -237,7 +237,7 @@ def chance() -> float | None:
     return (squares / degrees) ** 0.5 if degrees else None
 
 
-def compare(table: str, first: str, second: str) -> tuple[float, float]:
+def difference(table: str, first: str, second: str) -> tuple[float, float]:
     """How far the first row is ahead of the second (points), and what it takes to believe it."""
     a, b = values[table, first], values[table, second]
     gaps = [a[seed] - b[seed] for seed in a if seed in b]
@@ -256,8 +256,8 @@ def verdict(table: str) -> str:
         return "measured in part" if done else "not measured"
     best = max(done, key=lambda setting: theirs.get((table, setting), (table, setting) in default))
     rivals = [setting for setting in done if setting != best]
-    rival = min(rivals, key=lambda setting: compare(table, best, setting)[0])
-    ahead, least = compare(table, best, rival)
+    rival = min(rivals, key=lambda setting: difference(table, best, setting)[0])
+    ahead, least = difference(table, best, rival)
     word = "undecided" if abs(ahead) < least else "agrees" if ahead > 0 else "does not agree"
     names = [LABELS.get((table, setting), setting) for setting in (best, rival)]
     where = f"{abs(ahead):.1f} points {'ahead of' if ahead > 0 else 'behind'}"
@@ -291,7 +291,7 @@ else:
     for table in best:
         for one, two in combinations([s for s in tables[table] if values[table, s]], 2):
             first, second = sorted((one, two), key=lambda s: -theirs[table, s])
-            ahead, least = compare(table, first, second)
+            ahead, least = difference(table, first, second)
             order = "as in the paper" if ahead > 0 else "the other way round"
             counts[order if abs(ahead) >= least else "too close to tell"] += 1
     said = ", ".join(f"{number} {word}" for word, number in counts.items())
@@ -307,7 +307,7 @@ else:
     print(f"The untrained encoder: {floor:.1f} %, raw pixels: {baseline('raw pixels'):.1f} %.")
     print(f"Rows that training made worse than that: {', '.join(below) or 'none'}.\n")
     if values["masks", "ours"] and values["masks", "released"]:
-        ahead, least = compare("masks", "ours", "released")
+        ahead, least = difference("masks", "ours", "released")
         where = "ahead of" if ahead > 0 else "behind"
         sure = "enough" if abs(ahead) >= least else "too little"
         print(f"Our masks are {abs(ahead):.1f} points {where} the released: {sure} to believe it.")
