@@ -1067,6 +1067,13 @@ def _loaded(loader: DataLoader) -> Iterator[tuple]:
         yield from loader
     except UserError as error:
         raise UserError(str(error).splitlines()[-1].removeprefix("data.UserError: ")) from error
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise UserError(
+            "no room in /dev/shm for the batches of worker processes: give the container more of "
+            "it (docker run --ipc=host), or lower --workers"
+        ) from error
 
 
 def _from_memory(data: Pictures, plan: Plan, keys: Iterator, device) -> Iterator[Batch]:

@@ -214,7 +214,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H p, W p) -> (B, N, D)
-        return rearrange(self.proj(images), "b d h w -> b (h w) d")
+        # Transposed in memory too, or every layer would go on with strides that are slow.
+        return rearrange(self.proj(images), "b d h w -> b (h w) d").contiguous()
 
 
 class ViT(nn.Module):

@@ -2881,7 +2881,7 @@ def draw_found(setup: Setup, found: Found, out: Path) -> None:
         title = f"{setup.trained}, {[*found.rows[-1]['figures']][-1]}"
         draw_confusion(out / "confusion.png", matrix, names, title)
     if found.neighbours is not None:
-        rows, predicted = found.neighbours.neighbours, found.neighbours.weighted
+        rows, predicted = found.neighbours.neighbours.cpu(), found.neighbours.weighted
         draw_neighbours(out / "neighbours.png", setup.sets, task, rows, predicted)
     encoders = {name: encoder for name, encoder in setup.encoders.items() if encoder is not None}
     draw_patches(out / "pca.png", encoders, setup.sets, setup.place, setup.size)

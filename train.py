@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -599,9 +600,15 @@ def compile_layers(model: IJEPA) -> None:
 
     Layers of one network are the same code on the same shapes and are compiled once, so that deep
     models start as soon as shallow ones. The predictor's sequences are as long as the blocks that
-    were drawn for a batch: the second length makes PyTorch compile it for all lengths.
+    were drawn for a batch: it is compiled for all lengths.
     """
-    for layer in layers(model):
+    # Otherwise DistributedDataParallel has every layer cut in pieces, for gradients to go out early.
+    torch._dynamo.config.optimize_ddp = False
+    # All layers are one function to PyTorch, which would take the second length, the context's, for
+    # a sign that lengths vary.
+    for layer in (*model.encoder.blocks, *model.target_encoder.blocks):
+        layer.compile(dynamic=False)
+    for layer in model.predictor.predictor_blocks:
         layer.compile()
 
 
@@ -815,6 +822,12 @@ def _train(
         raise UserError("--shard cuts a model into parts for several processes: use torchrun")
     if config.shard and not cuda and not hasattr(torch.cpu.Stream, "record_event"):
         raise UserError(f"--shard on a CPU needs a newer PyTorch than {torch.__version__}")
+    if (
+        compiled
+        and cuda
+        and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    ):
+        raise UserError("torch.compile needs a C compiler: install gcc, or add --no-compile")
     if config.graphs and (not cuda or place.world_size > 1 or config.checkpoint_activations):
         raise UserError(
             "--graphs is for one process on a GPU, without --checkpoint-activations: leave it out"

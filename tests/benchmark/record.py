@@ -367,7 +367,10 @@ SPEED_NOT_MEASURED = (
 
 
 def gpu(peer: str = "") -> None:
-    """Everything that README.md says of speed, on a GPU; peer: a checkout of the released code."""
+    """What README.md says of speed, on a GPU: half an hour, or line by line where time is short.
+
+    peer: a checkout of the released code. Each line writes its file in results/ when it is done.
+    """
     beside = ["--peer", peer] if peer else []
     rows = "bfloat16,compiled,recomputed" + (",released bfloat16" if peer else "")
     tiny = ["--model", "vit_tiny", "--batch-size", "512", "--seconds", "4", "--turns", "4"]

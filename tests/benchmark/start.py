@@ -10,6 +10,7 @@ may have to read PyTorch from disk; the median is reported.
 """
 
 import json
+import os
 import pickle
 import statistics
 import subprocess
@@ -85,7 +86,9 @@ def measure(config: StartConfig) -> list[dict]:
         for turn in range(config.turns):
             words = [sys.executable, "-c", RUNNER, "--model", config.model, "--data", "cifar10"]
             words += ["--data-dir", f"{folder}/data", "--out", f"{folder}/run{turn}"]
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+            # What is compiled is compiled anew.
+            fresh = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled{turn}"}
+            done = subprocess.run(words, cwd=ROOT, env=fresh, capture_output=True, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("SECONDS")]
             if not lines:
                 raise UserError(f"train.py did not take a step: {done.stderr.strip()[-300:]}")

@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ from data import (  # noqa: E402
     cores,
     crop_resize,
     draw_step,
+    generator_for,
     normalize,
     option,
     parse_options,
@@ -156,12 +158,25 @@ class Setting:
             accum_steps=1, masks=self.masks, crop_scale=recipe.crop_scale, flip=recipe.flip,
         )  # fmt: skip
 
+    @cached_property
+    def firsts(self) -> list[int]:
+        """A step for each length of target blocks, for which code, graphs and plans are made once."""
+        found = {}
+        for number in range(1000):  # the length is drawn first, whatever the batch
+            _, targets = self.masks.sample(1, generator_for(0, "masks", number))
+            found.setdefault(targets.shape[-1], number)
+        return list(found.values())
+
+    def steps(self) -> Iterator[int]:
+        return itertools.chain(self.firsts, itertools.count())
+
     def batches(self) -> Iterator[Batch]:
-        return train_batches(self.pictures, self.plan, range(10**9), self.device)
+        return train_batches(self.pictures, self.plan, self.steps(), self.device)
 
     def model(self) -> IJEPA:
         torch.manual_seed(0)
-        return IJEPA(self.architecture).to(self.device)
+        with self.device:  # initial weights by the GPU: those of a ViT-H take long on a CPU
+            return IJEPA(self.architecture)
 
 
 Step = Callable[[], Tensor]  # one training step; the loss, which nobody has waited for
@@ -214,7 +229,7 @@ def plain(setting: Setting) -> Step:
         if isinstance(module, Attention):
             module.forward = attention_formula.__get__(module)
     optimizer = torch.optim.AdamW(parameter_groups(model), foreach=False)
-    numbers = itertools.count()
+    numbers = setting.steps()
 
     def step() -> Tensor:
         index, crops, context_idx, target_idx = draw_step(plan, next(numbers))
@@ -380,6 +395,7 @@ def measure(setting: Setting) -> list[dict]:
     flops, peaks = mean_flops(c, setting.masks), {}
     found, alive = {}, {}
     rows = table_rows(setting)
+    torch.compiler.reset()  # an earlier table's code: there is a limit, beyond which layers stay eager
     sincos_positions(4, (1, 1))  # einops' first use, which torch 2.6 cannot have on that device
     with torch.device("meta"):
         together = sum(p.numel() for p in IJEPA(c).parameters()) < 200e6
@@ -393,8 +409,7 @@ def measure(setting: Setting) -> list[dict]:
         alive[name] = make()
         seconds_of(alive[name], 1)
         found[name] = {"first_step_s": round(time.perf_counter() - start, 1), "times": []}
-        # Compiled code and graphs are made for each number of target patches.
-        seconds_of(alive[name], 20 if "compiled" in name or "graphs" in name else 1)
+        seconds_of(alive[name], len(setting.firsts))
         once = seconds_of(alive[name], 2) / 2
         return max(1, round(config.seconds / config.turns / once))
 
@@ -402,6 +417,8 @@ def measure(setting: Setting) -> list[dict]:
         dtype = rows[name][1]
         peaks[dtype] = max(peaks.get(dtype, 0.0), matmul_peak(setting.device, dtype))
         found[name]["times"].append(seconds_of(alive[name], count) / count)
+        rate = config.batch_size / found[name]["times"][-1]
+        print(f"    {name}: {rate:.4g} images/s", file=sys.stderr, flush=True)
 
     if together:
         counts = {name: begin(name) for name in rows}
