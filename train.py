@@ -602,7 +602,7 @@ def compile_layers(model: IJEPA) -> None:
     models start as soon as shallow ones. The predictor's sequences are as long as the blocks that
     were drawn for a batch: it is compiled for all lengths.
     """
-    # Otherwise DistributedDataParallel has every layer cut in pieces, for gradients to go out early.
+    # Otherwise DistributedDataParallel has every layer cut in pieces, to send gradients early.
     torch._dynamo.config.optimize_ddp = False
     # All layers are one function to PyTorch, which would take the second length, the context's, for
     # a sign that lengths vary.
@@ -822,11 +822,8 @@ def _train(
         raise UserError("--shard cuts a model into parts for several processes: use torchrun")
     if config.shard and not cuda and not hasattr(torch.cpu.Stream, "record_event"):
         raise UserError(f"--shard on a CPU needs a newer PyTorch than {torch.__version__}")
-    if (
-        compiled
-        and cuda
-        and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-    ):
+    compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
+    if compiled and cuda and not any(compilers):
         raise UserError("torch.compile needs a C compiler: install gcc, or add --no-compile")
     if config.graphs and (not cuda or place.world_size > 1 or config.checkpoint_activations):
         raise UserError(

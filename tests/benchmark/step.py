@@ -160,7 +160,7 @@ class Setting:
 
     @cached_property
     def firsts(self) -> list[int]:
-        """A step for each length of target blocks, for which code, graphs and plans are made once."""
+        """A step for each length of target blocks: code, graphs, plans are made once for each."""
         found = {}
         for number in range(1000):  # the length is drawn first, whatever the batch
             _, targets = self.masks.sample(1, generator_for(0, "masks", number))
@@ -395,7 +395,7 @@ def measure(setting: Setting) -> list[dict]:
     flops, peaks = mean_flops(c, setting.masks), {}
     found, alive = {}, {}
     rows = table_rows(setting)
-    torch.compiler.reset()  # an earlier table's code: there is a limit, beyond which layers stay eager
+    torch.compiler.reset()  # an earlier table's code: beyond a limit layers would stay eager
     sincos_positions(4, (1, 1))  # einops' first use, which torch 2.6 cannot have on that device
     with torch.device("meta"):
         together = sum(p.numel() for p in IJEPA(c).parameters()) < 200e6
