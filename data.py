@@ -282,7 +282,7 @@ class _AttentionFormula(TorchFunctionMode):
     """Attention as two matrix products and a softmax in between, instead of one fused kernel."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and not kwargs:
             q, k, v = args  # (B, h, N, d) each
             return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
         return function(*args, **kwargs or {})
@@ -430,7 +430,7 @@ class Pictures:
         return self.images[index.to(self.images.device)]
 
     def open(self, index: int, broken: set[str], least: int | None = None) -> Image.Image:
-        """Picture `index`, for worker processes; none is broken, all have the size they have."""
+        """Picture `index`, for worker processes, as `Folder.open`; none is broken, none smaller."""
         return to_picture(self.images[index])
 
 

@@ -462,10 +462,12 @@ class MaskCollator:
             targets[failed], free[failed] = self._draw(len(failed), shape, generator)
         else:
             raise RuntimeError(f"no masks with {self.context_size} context patches in 1000 draws")
-        # K of the free patches, every subset equally likely: the K largest of random numbers.
+        return self._reduce(free, generator), targets
+
+    def _reduce(self, free: Tensor, generator) -> Tensor:
+        """K of the free patches, every subset equally likely: (B, N) bool -> (B, K)."""
         lottery = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
-        context = lottery.topk(self.context_size, sorted=False).indices.sort().values
-        return context, targets
+        return lottery.topk(self.context_size, sorted=False).indices.sort().values
 
     def __call__(self, samples: list) -> tuple:
         """As a DataLoader's `collate_fn`: (collated samples, context_idx, target_idx)."""
@@ -528,8 +530,9 @@ class IJEPA(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * encoder, after each optimizer step."""
-        targets, online = self.target_encoder.parameters(), self.encoder.parameters()
-        torch._foreach_lerp_(list(targets), list(online), 1 - momentum)  # pair by pair
+        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
+        for target, online in pairs:
+            target.lerp_(online, 1 - momentum)
 
 
 # ------------------------------------------------------------ schedules and optimizer (App. A.1)

@@ -935,8 +935,9 @@ def _train(
         (loss / config.accum_steps).backward()
         return loss.detach() / config.accum_steps
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    run_graph = Graphs(forward_backward, trained) if config.graphs else forward_backward
+    add_gradients = forward_backward
+    if config.graphs:
+        add_gradients = Graphs(add_gradients, [p for p in model.parameters() if p.requires_grad])
 
     def run_micro(batch: Batch, sync: bool = True) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up over the micro-batches."""
@@ -944,7 +945,7 @@ def _train(
         if config.shard:
             model.set_requires_gradient_sync(sync)
         with no_sync:
-            return run_graph(batch)
+            return add_gradients(batch)
 
     def check_weights(step: int) -> None:
         """Refuse to keep what is broken: the loss would show it only in the next step."""

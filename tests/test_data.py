@@ -502,6 +502,19 @@ def test_no_crop_of_a_large_jpeg_is_enlarged(tmp_path, monkeypatch):
         assert min(right - left, bottom - top) >= size - 1  # rounded to whole pixels
 
 
+def test_a_full_shared_memory_is_said_in_one_line():
+    def loader(message):
+        yield "a batch"
+        raise RuntimeError(message)
+
+    coming = data._loaded(loader("unable to allocate shared memory(shm) for file </torch_1>"))
+    assert next(coming) == "a batch"
+    with pytest.raises(UserError, match="no room in /dev/shm"):
+        next(coming)
+    with pytest.raises(RuntimeError, match="something else"):
+        list(data._loaded(loader("something else")))
+
+
 def test_evaluation_crops_the_centre_at_seven_eighths(tmp_path):
     columns = np.linspace(0, 240, 121)[None].repeat(80, 0)  # 2 a pixel, from left to right
     Image.fromarray(columns.astype(np.uint8)).save(tmp_path / "x.png")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmark"))
 import step
 
 import train
-from data import UserError, _AttentionFormula, autocast
+from data import Place, UserError, _AttentionFormula, autocast
 from ijepa import IJEPA, MODELS, IJEPAConfig, MaskCollator
 
 CPU = torch.device("cpu")
@@ -225,6 +225,19 @@ def test_what_cannot_be_timed_is_refused(tmp_path):
         step.table_rows(setting(peer=str(tmp_path)))["released"][0]()
     with pytest.raises(UserError, match="do not divide into patches"):
         step.prepare(dataclasses.replace(setting().config, img_size=50))
+
+
+def test_compiling_is_refused_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(train.shutil, "which", lambda _: None)
+    precision = torch.get_float32_matmul_precision()
+    options = ["--bf16", "--out", str(tmp_path / "run")]
+    try:
+        with pytest.raises(UserError, match="needs a C compiler: install gcc, or add --no-compile"):
+            train._train(*train.configure(options), Place(0, 1, torch.device("cuda")))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert not (tmp_path / "run").exists()
 
 
 def test_graphs_are_refused_where_they_cannot_work(tmp_path):

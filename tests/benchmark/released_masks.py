@@ -57,17 +57,9 @@ class ReleasedMasks(MaskCollator):
         rows, columns = self.grid
         return (top * (rows - height)).long(), (left * (columns - width)).long()
 
-    def sample(self, batch_size: int, generator: torch.Generator | None = None):
-        """As in `MaskCollator`, but K is what the batch leaves: (B, K) and (B, M, T)."""
-        pick = int(torch.randint(len(self.target_shapes), (1,), generator=generator))
-        shape = self.target_shapes[pick].tolist()
-        targets, free = self._draw(batch_size, shape, generator)
-        for _ in range(1000):
-            failed = (free.sum(1) < self.context_size).nonzero()[:, 0]
-            if not len(failed):
-                return first_of_each(free), targets
-            targets[failed], free[failed] = self._draw(len(failed), shape, generator)
-        raise RuntimeError("no masks that leave any context in 1000 draws")
+    def _reduce(self, free: Tensor, generator) -> Tensor:
+        """What the batch leaves: (B, N) bool -> (B, K)."""
+        return first_of_each(free)
 
 
 def first_of_each(free: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ def draw() -> None:
     """Every scaling_*.json in one picture: a panel for each scan, a line for each way to train."""
     figure, axes = probe.plt_subplots(1, 4, figsize=(17, 4.2), layout="constrained")
     styles = {"float32": "o-", "bfloat16": "s--", "compiled": "D-", "released": "^:"}
+    places: dict[str, set[float]] = {scan: set() for scan in SCANS}  # of the ticks, of all files
     for path in sorted(record.RESULTS.glob("scaling_*.json")):
         of = json.loads(path.read_text())
         for axis, (scan, label) in zip(axes, SCANS.items(), strict=True):
@@ -129,9 +130,9 @@ def draw() -> None:
                     *zip(*line, strict=True), styles[name.split()[0]],
                     label=f"{name}, {of['hardware']}",
                 )  # fmt: skip
-            ticks = [p["x"] for p in here]
+            places[scan] |= {p["x"] for p in here}
             axis.set(xscale="log", yscale="log", xlabel=label, ylabel="images/s")
-            axis.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+            axis.set_xticks(sorted(places[scan]), [f"{x:.3g}" for x in sorted(places[scan])])
             axis.minorticks_off()
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -47,6 +47,8 @@ import record  # noqa: E402
 
 import train  # noqa: E402
 from data import (  # noqa: E402
+    MEAN,
+    STD,
     Batch,
     Pictures,
     Plan,
@@ -272,7 +274,7 @@ def peer_loader(setting: Setting, path: str) -> Iterator[tuple]:
     c, plan = setting.architecture, setting.plan
     steps = [transforms.RandomResizedCrop(c.img_size, scale=plan.crop_scale)]
     steps += [transforms.RandomHorizontalFlip()] * plan.flip
-    steps += [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229,) * 3)]
+    steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     transform = transforms.Compose(steps)
     images = setting.pictures.images.cpu()
 

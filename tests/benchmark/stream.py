@@ -44,32 +44,26 @@ class StreamConfig:
     out: str | None = option(None, "write results/<out>.json")
 
 
-def bare(folder: Folder, plan: Plan, step: int) -> int:
-    """Decode, crop and resize one batch, the crops worked out before the clock starts."""
-    size = folder.img_size
-    for path, box in boxes(folder, plan, step):
+def bare(crops: list[tuple[Path, tuple]], size: int) -> int:
+    """Decode, crop and resize one batch of files and boxes; how many they are."""
+    for path, box in crops:
         with Image.open(path) as picture:
             crop = picture.convert("RGB").crop(box)
         np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-    return plan.batch_size
-
-
-_BOXES: dict[int, list] = {}
+    return len(crops)
 
 
 def boxes(folder: Folder, plan: Plan, step: int) -> list[tuple[Path, tuple]]:
     """Files and crops of a step."""
-    if step not in _BOXES:
-        index, crops, *_ = data.draw_step(plan, step)
-        found = []
-        for i, number in enumerate(index.tolist()):
-            with Image.open(folder.files[number]) as picture:
-                width, height = picture.size
-            box = crops[i : i + 1].boxes(height, width, plan.crop_scale)
-            top, left, h, w = box[0].tolist()
-            found.append((folder.files[number], (left, top, left + w, top + h)))
-        _BOXES[step] = found
-    return _BOXES[step]
+    index, crops, *_ = data.draw_step(plan, step)
+    found = []
+    for i, number in enumerate(index.tolist()):
+        with Image.open(folder.files[number]) as picture:
+            width, height = picture.size
+        box = crops[i : i + 1].boxes(height, width, plan.crop_scale)
+        top, left, h, w = box[0].tolist()
+        found.append((folder.files[number], (left, top, left + w, top + h)))
+    return found
 
 
 def rate(take: Callable[[int], int], steps: range) -> float:
@@ -88,12 +82,11 @@ def measure(config: StreamConfig) -> dict:
     masks = MaskCollator(config.img_size // 16)
     plan = Plan(0, torch.arange(len(folder)), config.batch_size, 1, masks)
     steps = range(config.batches)
-    for step in steps:
-        boxes(folder, plan, step)
+    crops = [boxes(folder, plan, step) for step in steps]
     worker = data._Stream(folder, plan)
     endless = data.train_batches(folder, plan, range(10**6), workers=1)
     ways = {
-        "bare": lambda step: bare(folder, plan, step),
+        "bare": lambda step: bare(crops[step], folder.img_size),
         "batches": lambda step: len(worker[step, 0][0]),
         "one worker": lambda _: len(next(endless).images),
     }
