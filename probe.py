@@ -1,6 +1,7 @@
 """What has the encoder learned? Frozen features, and simple readers on top of them.
 
     python probe.py runs/vit_tiny_cifar10                              # kNN and linear probe
+    python probe.py vit_tiny_cifar10                                   # the weights that come along
     python probe.py runs/vit_tiny_cifar10 --data shapes                # other pictures, other tasks
     python probe.py runs/vit_tiny_cifar10 --per-class 13               # few labels
     python probe.py runs/vit_tiny_cifar10 --finetune                   # train the encoder too
@@ -1336,6 +1337,7 @@ def confusion(y_true: Tensor, y_pred: Tensor, num_classes: int) -> Tensor:
 # with a file, in words that follow its name.
 
 CHECKPOINT_FORMAT = "ijepa-1"
+WEIGHTS = Path(__file__).resolve().parent / "results" / "weights"  # what comes with the project
 NETWORKS = {"target": "target_encoder", "context": "encoder"}  # ours and the released names
 MAX_PATCHES = 2**16  # 256 x 256: positions take memory, and only the file's word stands for them
 
@@ -1371,7 +1373,7 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
 
     What is read: checkpoints of train.py, or a run's folder for its last.pt; files in the format of
     the released code; Hugging Face folders of I-JEPA with safetensors, and the names of such models
-    there; what `export` writes.
+    there; what `export` writes; and by its name what comes with the project, in results/weights.
 
     Memory is bounded by this one encoder: the rest of a file stays on the disk, and its own weights
     are read from there when they are used, so leave the file in its place meanwhile. (What
@@ -1392,7 +1394,7 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
         if (path / "last.pt").is_file():
             path = path / "last.pt"
         elif not path.exists():
-            path = _from_hub(str(source))
+            path = coming_along(source) or _from_hub(str(source))
     with _blaming(path):
         if path.is_dir() or path.suffix == ".safetensors":
             loaded = _load_huggingface(path, which)
@@ -1402,6 +1404,11 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
         if num_heads not in (None, heads):
             raise ValueError(f"has {heads} heads, not {num_heads}: leave their number out")
     return loaded
+
+
+def coming_along(name: str) -> Path | None:
+    """The folder of weights that come with the project, if these are called so."""
+    return next((folder for folder in WEIGHTS.glob("*/") if folder.name == name), None)
 
 
 def released_model(checkpoint, num_heads: int | None = None) -> IJEPA:
@@ -1754,6 +1761,7 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         raise ValueError(f"is no I-JEPA model of transformers (its config.json says {kind})")
     files = _shards(folder) if path.is_dir() else [path]
     weights, metadata = _safetensors(files)
+    training = _training(metadata)
 
     sizes = _sizes(weights)
     for name, found in (
@@ -1787,7 +1795,8 @@ def _load_huggingface(path: Path, which: str) -> Loaded:
         grid = f"{encoder.grid[0]}x{encoder.grid[1]} patches"
         own = f"its positions are not sine and cosine, so only pictures of {grid} fit"
         note = f"{note}; {own}" if note else own
-    return Loaded(encoder, "huggingface", holds, _sha256(files), note=note)
+    of_run = training.get("config"), training.get("step")
+    return Loaded(encoder, "huggingface", holds, _sha256(files), *of_run, note=note)
 
 
 def _safetensors(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -1820,6 +1829,18 @@ def _safetensors(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, st
             if parts:
                 weights[f"{start}.attn.qkv.{kind}"] = torch.cat(parts)
     return weights, metadata
+
+
+def _training(metadata: Mapping[str, str]) -> dict:
+    """`config` and `step` of the run that an encoder is from, if `export` noted them."""
+    if "training" not in metadata:
+        return {}
+    try:
+        training = json.loads(metadata["training"])
+        _need(training if isinstance(training, dict) else {}, {"config": dict, "step": int})
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has a note on its training that is damaged ({error})") from error
+    return training
 
 
 def _only_its_own_grid(encoder: ViT) -> None:
@@ -1867,7 +1888,8 @@ def _from_hub(name: str) -> Path:
     missing = f"there is no file or folder {name}"
     file_like = Path(name).suffix in (".pt", ".pth", ".tar", ".safetensors")
     if file_like or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise UserError(missing)
+        known = ", ".join(sorted(folder.name for folder in WEIGHTS.glob("*/")))
+        raise UserError(missing + (f" (weights that come with the project: {known})" * bool(known)))
     try:
         import huggingface_hub
     except ImportError as error:
@@ -1887,8 +1909,10 @@ def _from_hub(name: str) -> Path:
         raise UserError(f"{missing}, and {why}") from error
 
 
-def export(encoder: ViT, folder: Path, which: str) -> None:
-    """Write an encoder for other projects: float32, as it is.
+def export(
+    encoder: ViT, folder: Path, which: str, training: Mapping | None = None, half: bool = False
+) -> None:
+    """Write an encoder for other projects: float32, as it is, or in half the space.
 
     `config.json` and `model.safetensors` are what `transformers.IJepaModel.from_pretrained(folder)`
     reads, and `timm.safetensors` is a state dict of timm's VisionTransformer, without class token
@@ -1898,8 +1922,11 @@ def export(encoder: ViT, folder: Path, which: str) -> None:
         encoder: the network, on any device.
         folder: made if it is not there; files of the same names are replaced.
         which: "target" or "context", to be noted in the files.
+        training: `config` and `step` of the run, to be noted likewise.
+        half: weights in float16 (positions stay as they are: they are compared when read).
     Raises:
         UserError: a file cannot be written.
+        ValueError: float16 cannot hold a weight.
     """
     if which not in NETWORKS:
         raise ValueError(f"which is {which!r}: choose target or context")
@@ -1923,6 +1950,10 @@ def export(encoder: ViT, folder: Path, which: str) -> None:
         "attention_probs_dropout_prob": 0.0,
     }
     weights = {name: x.detach().float().cpu() for name, x in encoder.state_dict().items()}
+    if half:
+        weights = {name: x.half() for name, x in weights.items()}
+        if broken := [name for name, x in weights.items() if not x.isfinite().all()]:
+            raise ValueError(f"{broken[0]} is too large for float16")
     weights["pos_embed"] = encoder.pos_embed.float().cpu()[None]  # (1, N, D)
     theirs = {}
     for name, tensor in weights.items():
@@ -1939,6 +1970,8 @@ def export(encoder: ViT, folder: Path, which: str) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "encoder": which}
+    if training is not None:
+        metadata["training"] = json.dumps(dict(training))
     _save_tensors(folder / "model.safetensors", theirs, metadata)
     _save_tensors(folder / "timm.safetensors", weights, metadata)
     # timm rounds the product down, so the quotient itself may give one less.
@@ -2383,7 +2416,8 @@ class ProbeConfig:
 
     checkpoint: str | None = option(
         None,
-        "a run's folder or checkpoint, a released .pth.tar, a Hugging Face folder or hub name",
+        "a run's folder or checkpoint, vit_tiny_cifar10 (comes along), a released .pth.tar, a "
+        "Hugging Face folder or hub name",
         positional=True,
     )
     encoder: str = option("target", "which of its two encoders", ("target", "context"))
@@ -2827,7 +2861,8 @@ def main() -> None:
     config = configure()
     loaded = load_encoder(config.checkpoint, config.encoder, config.heads)
     if config.export is not None:
-        export(loaded.encoder, Path(config.export), loaded.which)
+        training = {"config": loaded.config, "step": loaded.step} if loaded.config else None
+        export(loaded.encoder, Path(config.export), loaded.which, training)
         print(f"wrote {config.export}: the {loaded.which} encoder, for transformers and timm")
         return
     with placed(config.device) as place:
@@ -2863,6 +2898,8 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
 def folders(config: ProbeConfig, loaded: Loaded) -> tuple[Path, Path]:
     """Where the report goes, and where features are kept."""
     home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
+    if not Path(config.checkpoint).exists() and coming_along(config.checkpoint):
+        home = Path("runs") / f"weights_{config.checkpoint}"  # not that of the run of this name
     if loaded.kind == "ijepa":  # beside the run
         home = Path(config.checkpoint)
         home = home if home.is_dir() else home.parent

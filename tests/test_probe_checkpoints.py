@@ -821,6 +821,49 @@ def test_there_and_back_is_exact(tmp_path, name):
     assert same(loaded.encoder, encoder) and loaded.which == "context"
 
 
+def test_half_the_space(tmp_path):
+    """Weights rounded to float16 and no more; positions, which are compared, not rounded."""
+    encoder = scrambled(encoders()["square"])
+    export(encoder, tmp_path, "target", half=True)
+    written = load_file(tmp_path / "model.safetensors")
+    assert {x.dtype for n, x in written.items() if "position" not in n} == {torch.float16}
+    loaded = load_encoder(str(tmp_path))
+    assert torch.equal(loaded.encoder.pos_embed, encoder.pos_embed)
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(loaded.encoder.state_dict()[name], weight.half().float()), name
+    encoder.norm.weight.data[0] = 1e5
+    with pytest.raises(ValueError, match="too large for float16"):
+        export(encoder, tmp_path / "other", "target", half=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_export_says_how_it_was_trained(model, tmp_path):
+    training = {"config": {"data": "cifar10", "init_std": 0.046}, "step": 12}
+    export(model.target_encoder, tmp_path, "target", training)
+    loaded = load_encoder(str(tmp_path))
+    assert {"config": loaded.config, "step": loaded.step} == training
+    for damaged in ("{", "[]", "{}", '{"config": 1, "step": 2}', '{"config": {}}', "[" * 10**5):
+        tensors = load_file(tmp_path / "model.safetensors")
+        note = {"encoder": "target", "training": damaged}
+        save_file(tensors, tmp_path / "model.safetensors", note)
+        assert "a note on its training that is damaged" in refusal(load_encoder, str(tmp_path))
+
+
+def test_weights_that_come_along_are_read_by_name(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "WEIGHTS", tmp_path / "weights")
+    assert refusal(load_encoder, "small") == "there is no file or folder small"
+    export(model.target_encoder, tmp_path / "weights" / "small", "target")
+    monkeypatch.chdir(tmp_path)
+    assert same(load_encoder("small").encoder, model.target_encoder)
+    said = refusal(load_encoder, "smal")
+    assert said.endswith("folder smal (weights that come with the project: small)")
+    for other in ("../weights/small", "*", ""):
+        with pytest.raises(UserError):
+            load_encoder(other)
+    torch.save(ours(model), tmp_path / "small")  # what lies here goes before
+    assert load_encoder("small").kind == "ijepa"
+
+
 def test_the_golden_folder_there_and_back_is_exact(tmp_path):
     loaded = load_encoder(str(GOLDEN))
     export(loaded.encoder, tmp_path, loaded.which)

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "results"
 
+from probe import coming_along  # noqa: E402
+
 
 def hardware() -> str:
     """The device that PyTorch computes on here."""
@@ -137,7 +139,8 @@ def probe(name: str, what: str, *options: str) -> None:
         report = json.loads(Path(out, "probe.json").read_text())
         for picture in Path(out).glob("*.png") if name in SHOWN else ():
             (RESULTS / f"probe_{name}_{picture.name}").write_bytes(picture.read_bytes())
-    shown = ["RUN", *(Path(word).name if "/" in word else word for word in options[1:])]
+    first = options[0] if coming_along(options[0]) else "RUN"
+    shown = [first, *(Path(word).name if "/" in word else word for word in options[1:])]
     figures = {key: report[key] for key in ("seconds", "results", "bf16")}
     data = report["pictures"] | {"name": Path(report["pictures"]["name"]).name}
     run = {key: report["checkpoint"][key] for key in ("kind", "encoder", "step", "sha256")}
@@ -202,9 +205,14 @@ def demo_lines() -> list[str]:
 
 def probe_lines() -> list[str]:
     """What probe.py found: a row for each recorded report, task and reader."""
+    return probe_table(reports())
+
+
+def probe_table(found: list[dict]) -> list[str]:
+    """The rows of these reports."""
     names = ("raw pixels", "untrained", "target encoder")
     lines = [f"| encoder and task | read by | {' | '.join(names)} | how |", "|---" * 6 + "|"]
-    for of in reports():
+    for of in found:
         for task in dict.fromkeys(row["task"] for row in of["results"]):
             rows = {r["features"]: r["figures"] for r in of["results"] if r["task"] == task}
             for column in (c for c in rows["target encoder"] if "plain" not in c):
@@ -217,7 +225,7 @@ def probe_lines() -> list[str]:
                     f"`{of['command']}`: {of['pictures']['report']} pictures, {of['seconds']:.0f} s"
                 )
                 lines.append(f"| {of['what']}: {task} | {column} | {' | '.join(cells)} | {how} |")
-    hardware = {f"{of['hardware']}, {of['date']}" for of in reports()}
+    hardware = {f"{of['hardware']}, {of['date']}" for of in found}
     lines += ["", f"Accuracy, %, mean and standard deviation; {' and '.join(sorted(hardware))}."]
     return lines
 
