@@ -332,6 +332,39 @@ def test_the_table_has_mean_and_spread_over_seeds_and_the_failures():
     ]
 
 
+def test_the_curves_are_those_of_finished_runs_of_one_machine(tmp_path, monkeypatch):
+    def line(tag, seed, knn, hardware="a GPU", error=""):
+        curve = [{"train_minutes": i * 2.0, "knn": value} for i, value in enumerate(knn)]
+        linear = {"class": knn[-1] + 5} if not error else {}
+        row = {"tag": tag, "seed": str(seed), "hardware": hardware, "error": error}
+        return row | {"curve": json.dumps(curve), "linear": json.dumps(linear)}
+
+    drawn, subplots = [], sweep.probe.plt_subplots
+    monkeypatch.setattr(
+        sweep.probe, "plt_subplots", lambda *a, **k: drawn.append(subplots(*a, **k)) or drawn[-1]
+    )
+    rows = [
+        line("base", 0, [30, 40, 50]),
+        line("base", 1, [31, 41, 52]),
+        line("other", 0, [30, 60]),
+    ]
+    failed = line("base", 2, [30], error="no memory")
+    sweep.draw_curves([*rows, failed], tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    lines = [of for of in drawn[0][1].get_lines() if of.get_marker() != "*"]
+    assert [[*of.get_ydata()] for of in lines] == [[30, 40, 50], [31, 41, 52], [30, 60]]
+    assert [*lines[0].get_xdata()] == [0, 2, 4]
+    colours = [of.get_color() for of in lines]
+    assert colours[0] == colours[1] != colours[2]
+    stars = [of.get_ydata()[0] for of in drawn[0][1].get_lines() if of.get_marker() == "*"]
+    assert stars == [55, 57, 65]
+    assert [t.get_text() for t in drawn[0][1].get_legend().get_texts()] == ["base", "other"]
+    for wrong in ([*rows, line("base", 3, [1], "a laptop")], [failed]):
+        with pytest.raises(UserError, match="machines"):
+            sweep.draw_curves(wrong, tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
+
+
 def test_lines_added_at_once_are_whole(tmp_path):
     """Eight writers, a long line each time: none is torn, and there is one header."""
     path = tmp_path / "runs.csv"

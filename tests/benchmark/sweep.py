@@ -5,6 +5,7 @@
     python tests/benchmark/sweep.py LIST --minutes 0                 show the commands, run nothing
     python tests/benchmark/sweep.py LIST --minutes 9 --options "--data FOLDER" --keep runs/sweep
     python tests/benchmark/sweep.py --show                           what is in results/runs.csv
+    python tests/benchmark/sweep.py LIST --curves FILE.png           accuracy against minutes
 
 LIST is a text file with a line for each configuration: a name, and options of train.py.
 
@@ -69,7 +70,15 @@ from record import hardware  # noqa: E402
 
 import probe  # noqa: E402
 import train  # noqa: E402
-from data import StoppedError, UserError, option, parse_options, run_script, writing  # noqa: E402
+from data import (  # noqa: E402
+    StoppedError,
+    UserError,
+    option,
+    parse_options,
+    run_script,
+    whole_file,
+    writing,
+)
 
 COLUMNS = (
     "tag", "command", "seed", "model", "data", "note", "steps", "epochs", "minutes", "loss",
@@ -94,6 +103,9 @@ class SweepConfig:
     note: str = option("", "what else to say of these runs, such as which copy of the pictures")
     again: bool = option(False, "repeat what failed or was stopped")
     show: bool = option(False, "print the lines of --out as a table, seeds together; run nothing")
+    curves: str | None = option(
+        None, "a picture of the runs of LIST that are in --out; run nothing"
+    )
 
 
 @dataclass(frozen=True)
@@ -392,8 +404,45 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """20-NN against minutes of training, a line for each finished run, one colour for all seeds.
+
+    A star is the linear probe at the end. Times of different machines do not compare: one machine.
+    """
+    rows = [row for row in rows if not row["error"]]
+    machines = sorted({row["hardware"] for row in rows})
+    if len(machines) != 1:
+        raise UserError(f"no picture of {len(machines)} machines: choose finished runs of one")
+    figure, axes = probe.plt_subplots(figsize=(8, 4.5), layout="constrained")
+    tags = list(dict.fromkeys(row["tag"] for row in rows))
+    new = set(tags)
+    for row in rows:
+        points = json.loads(row["curve"])
+        minutes = [point["train_minutes"] for point in points]
+        colour = f"C{tags.index(row['tag'])}"
+        label = row["tag"] if row["tag"] in new else None
+        new.discard(row["tag"])
+        axes.plot(minutes, [point["knn"] for point in points], color=colour, label=label)
+        linear = next(iter(json.loads(row["linear"]).values()))  # of the task that 20-NN is of
+        axes.plot(minutes[-1], linear, "*", color=colour, markersize=10)
+    axes.set(
+        xlabel=f"minutes of training, {machines[0]}",
+        ylabel="20-NN (lines), linear probe (stars): %, held out",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def main() -> None:
     config, _ = parse_options(SweepConfig, __doc__)
+    if config.curves is not None:
+        tags = {tag for tag, _ in read_list(Path(config.file))} if config.file else None
+        rows = read(Path(config.out))
+        rows = [row for row in rows if tags is None or row["tag"] in tags]
+        draw_curves(rows, Path(config.curves))
+        return
     if config.show:
         print("\n".join(table(read(Path(config.out)))))
         return
