@@ -1,7 +1,7 @@
 """What has the encoder learned? Frozen features, and simple readers on top of them.
 
     python probe.py runs/vit_tiny_cifar10                              # kNN and linear probe
-    python probe.py vit_tiny_cifar10                                   # the weights that come along
+    python probe.py vit_nano_cifar10                                   # the weights that come along
     python probe.py runs/vit_tiny_cifar10 --data shapes                # other pictures, other tasks
     python probe.py runs/vit_tiny_cifar10 --per-class 13               # few labels
     python probe.py runs/vit_tiny_cifar10 --finetune                   # train the encoder too
@@ -1711,7 +1711,8 @@ def _load_checkpoint(path: Path, which: str, num_heads: int | None) -> Loaded:
             for name, x in checkpoint["model"].items()
             if name.startswith(start)
         }
-        of_run = checkpoint["config"], checkpoint["step"]
+        # What was not given on the command line stands in the architecture alone.
+        of_run = checkpoint["config"] | {"init_std": config.init_std}, checkpoint["step"]
         return Loaded(_frozen(config, weights), "ijepa", which, _sha256([path]), *of_run)
     if not isinstance(checkpoint, Mapping) or not checkpoint.keys() & set(NETWORKS.values()):
         raise ValueError("is no checkpoint of train.py, nor of the released code")
@@ -2416,7 +2417,7 @@ class ProbeConfig:
 
     checkpoint: str | None = option(
         None,
-        "a run's folder or checkpoint, vit_tiny_cifar10 (comes along), a released .pth.tar, a "
+        "a run's folder or checkpoint, vit_nano_cifar10 (comes along), a released .pth.tar, a "
         "Hugging Face folder or hub name",
         positional=True,
     )
@@ -2532,7 +2533,7 @@ class Setup:
         encoder, config = self.loaded.encoder, self.loaded.config or {}
         if not self.config.baselines:
             return {self.trained: encoder}
-        fresh = untrained(encoder, config.get("init_std") or 0.02)
+        fresh = untrained(encoder, config.get("init_std", 0.02))
         return {"raw pixels": None, "untrained": fresh, self.trained: encoder}
 
 

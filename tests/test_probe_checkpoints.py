@@ -499,7 +499,7 @@ def test_our_checkpoints(model, tmp_path):
         assert same(context.encoder, model.encoder) and context.which == "context"
         assert not same(context.encoder, loaded.encoder)
         assert (loaded.kind, loaded.step, loaded.note) == ("ijepa", 12, "")
-        assert loaded.config == {"model": "vit_nano", "seed": 7}
+        assert loaded.config == {"model": "vit_nano", "seed": 7, "init_std": 0.02}
         content = (tmp_path / "last.pt").read_bytes()
         assert loaded.sha256 == hashlib.sha256(content).hexdigest()
     images = torch.randn(2, 3, 16, 24)  # and in use, on another grid as well

@@ -368,6 +368,20 @@ def test_the_untrained_encoder_is_new_always_the_same_and_costs_no_random_number
         torch.testing.assert_close(p.std(), reference[name].std(), rtol=0.15, atol=0)
 
 
+def test_the_untrained_encoder_begins_as_the_run_did_also_through_an_export(tmp_path):
+    """The scale of its weights stands in the architecture, whether it was an option or not."""
+    run = write_run(tmp_path / "run", init_std=None)
+    loaded = probe.load_encoder(str(run))
+    training = {"config": loaded.config, "step": loaded.step}
+    probe.export(loaded.encoder, tmp_path / "export", "target", training)
+    for source in (str(run), str(tmp_path / "export")):
+        loaded = probe.load_encoder(source)
+        config = probe.ProbeConfig(checkpoint=source)
+        setup = probe.Setup(config, loaded, *[None] * 5, size=16, bf16=False, workers=0, cache=None)
+        std = setup.encoders["untrained"].blocks[0].mlp.fc1.weight.std().item()
+        assert abs(std / TINY.init_std - 1) < 0.2  # cut at two standard deviations
+
+
 # ------------------------------------------------------------------------------------- few labels
 
 

@@ -4,6 +4,7 @@
     python tests/benchmark/ablations.py --minutes 600 --model vit_tiny --data cifar10 --steps 10000
     python tests/benchmark/ablations.py --minutes 60 --tables 6,7,masks --seeds 3
     python tests/benchmark/ablations.py --minutes 0                           show the commands
+    python tests/benchmark/ablations.py --show                                what came of them
 
 Here is which rows there are and which command each is; `sweep.py` runs them, says what the columns
 of results/ablations.csv are, and goes on where it was stopped. Rows with the same options, such as
@@ -11,9 +12,12 @@ the default that stands in nine tables, are one run: its tag names all of its ro
 7 representation; ...".
 """
 
+import json
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +27,7 @@ import sweep  # noqa: E402
 
 from data import UserError, option, parse_options, run_script  # noqa: E402
 from ijepa import MODELS  # noqa: E402
+from probe import mean_std  # noqa: E402
 
 TABLES = (*map(str, range(6, 15)), "masks")  # "masks" is ours, the others are the paper's
 
@@ -42,6 +47,7 @@ class AblationConfig:
     keep: str | None = option(None, "a folder for the runs' folders (default: removed)")
     note: str = option("", "what else to say of these runs, such as which copy of the pictures")
     again: bool = option(False, "repeat what failed or was stopped")
+    show: bool = option(False, "print what is in --out as tables, one for each kind; run nothing")
 
 
 def rows(model: str) -> list[tuple[str, str, list[str]]]:
@@ -93,8 +99,99 @@ def is_row(tag: str, table: str, setting: str) -> bool:
     return f"{table} {setting}" in tag.split("; ")
 
 
+def kinds(lines: list[dict]) -> dict[str, list[dict]]:
+    """The finished runs of a CSV by the options that all rows share: these alone compare."""
+    found: dict[str, list[dict]] = {}
+    for line in lines:
+        if not line["error"]:
+            found.setdefault(sweep.common_options(line["command"]), []).append(line)
+    return found
+
+
+def by_seed(lines: Iterable[dict], column: str = "linear") -> dict[int, float]:
+    """Accuracy (%) of the trained encoder, mean over the tasks, for each seed."""
+    return {int(x["seed"]): mean_std([*json.loads(x[column]).values()])[0] for x in lines}
+
+
+def chance(runs: Iterable[dict[int, float]]) -> float | None:
+    """Standard deviation of a single run (points) around its row, from all rows together.
+
+    Seeds differ in the same way in every row: the same first weights, the same pictures. So it goes
+    by the differences between two seeds, of which half the variance is a single run's. None, if no
+    two runs have been done with the same two seeds.
+    """
+    runs = list(runs)
+    squares, degrees = 0.0, 0
+    for one, two in combinations(sorted({seed for of in runs for seed in of}), 2):
+        gaps = [of[one] - of[two] for of in runs if one in of and two in of]
+        squares += (len(gaps) - 1) * mean_std(gaps)[1] ** 2 / 2 if gaps else 0
+        degrees += max(0, len(gaps) - 1)
+    return (squares / degrees) ** 0.5 if degrees else None
+
+
+def difference(
+    first: dict[int, float], second: dict[int, float], noise: float | None
+) -> tuple[float, float]:
+    """How far the first is ahead, seed by seed (points), and what it takes to believe it.
+
+    That is two standard errors: of a mean over n seeds of differences between two runs, each with
+    the standard deviation `noise`.
+    """
+    gaps = [first[seed] - second[seed] for seed in first if seed in second]
+    least = 2 * noise * (2 / len(gaps)) ** 0.5 if noise is not None and gaps else float("inf")
+    return mean_std(gaps)[0], least
+
+
+def table(lines: list[dict]) -> list[str]:
+    """The runs of one kind in Markdown: each row, and how far from the method as it is."""
+    model = json.loads(lines[0]["config"])["model"]
+    accuracies = {name: {} for name in ("knn", "linear")}
+    for column, of in accuracies.items():
+        for tag in dict.fromkeys(line["tag"] for line in lines):
+            of[tag] = by_seed((line for line in lines if line["tag"] == tag), column)
+    noise = {column: chance(of.values()) for column, of in accuracies.items()}
+    shown = ["| table | row | seeds | 20-NN | linear probe | 20-NN, ahead of ours | linear, same |"]
+    shown.append("|---" * 7 + "|")
+    for name in ("raw pixels", "untrained"):
+        cells = []
+        for column in accuracies:
+            found = [json.loads(line["baselines"])[name].values() for line in lines]
+            cells.append(f"{mean_std([mean_std([t[column] for t in x])[0] for x in found])[0]:.1f}")
+        shown.append(f"| | {name} | | {' | '.join(cells)} | | |")
+    for number, setting, _ in rows(model):
+        tags = [tag for tag in accuracies["linear"] if is_row(tag, number, setting)]
+        ours = [tag for tag in accuracies["linear"] if is_row(tag, "masks", "ours")]
+        if not tags or (tags == ours and (number, setting) != ("masks", "ours")):
+            continue
+        cells, ahead = [], []
+        for column, of in accuracies.items():
+            values = of[tags[0]]
+            mean, spread = mean_std(list(values.values()))
+            cells.append(f"{mean:.1f}" + f" ± {spread:.1f}" * (len(values) > 1))
+            if ours and tags != ours:
+                gap, least = difference(values, of[ours[0]], noise[column])
+                ahead.append(f"{gap:+.1f}" + ("" if abs(gap) >= least else " (undecided)"))
+            else:
+                ahead.append("")
+        cells = [str(len(accuracies["linear"][tags[0]])), *cells, *ahead]
+        shown.append(f"| {number} | {setting} | {' | '.join(cells)} |")
+    needed = [
+        f"{2 * s * (2 / len(accuracies[column][ours[0]])) ** 0.5:.1f} points of {label}"
+        for column, label, s in zip(accuracies, ("20-NN", "linear"), noise.values(), strict=True)
+        if ours and s is not None
+    ]
+    if needed:
+        shown += ["", f"To be told apart two rows must differ by {' or '.join(needed)}."]
+    return shown
+
+
 def main() -> None:
     config, _ = parse_options(AblationConfig, __doc__)
+    if config.show:
+        for common, lines in kinds(sweep.read(Path(config.out))).items():
+            print(f"`{common}`: {len(lines)} runs\n")
+            print("\n".join(table(lines)) + "\n")
+        return
     if config.minutes is None:
         raise UserError("for how long? Give --minutes, 0 to see the commands only")
     keep = None if config.keep is None else Path(config.keep)

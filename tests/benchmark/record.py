@@ -9,7 +9,8 @@
     python tests/benchmark/probe_speed.py      kNN and the linear sweep
     python tests/benchmark/probe_load.py FOLDER    reading a released ViT-H/14: needs 11 GB there
     python tests/benchmark/record.py memory    memory a GPU, by formula
-    python tests/benchmark/record.py readme    copy the recorded figures into README.md
+    python tests/benchmark/record.py readme    copy the recorded figures into README.md, and into
+                                               results/cifar10.md
 
 Nothing else should be running: times are wall time.
 """
@@ -163,13 +164,14 @@ def memory(images: int = 32) -> None:
 
 
 def readme() -> None:
-    """Replace what stands between the markers of README.md by the recorded figures."""
-    text = (ROOT / "README.md").read_text()
-    for name, lines in BLOCKS.items():
-        block = f"<!-- {name} figures -->\n" + "\n".join(lines()) + f"\n<!-- end of {name} -->"
-        pattern = rf"<!-- {name} figures -->.*?<!-- end of {name} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-    (ROOT / "README.md").write_text(text)
+    """Replace what stands between the markers of README.md and others by the recorded figures."""
+    for file, blocks in BLOCKS.items():
+        text = (ROOT / file).read_text()
+        for name, lines in blocks.items():
+            block = f"<!-- {name} figures -->\n" + "\n".join(lines()) + f"\n<!-- end of {name} -->"
+            pattern = rf"<!-- {name} figures -->.*?<!-- end of {name} -->"
+            text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        (ROOT / file).write_text(text)
 
 
 def record(name: str) -> dict:
@@ -289,6 +291,54 @@ def memory_lines() -> list[str]:
         cells = " | ".join(f"{size / 1e9:.2f} GB" for size in sizes)
         lines.append(f"| `{r['model']}` | {r['trained'] / 1e6:.0f} M | {cells} |")
     return lines
+
+
+def warm_up_lines() -> list[str]:
+    """The first steps of vit_tiny, all of them in the warm-up of a long run."""
+    lines = ["| options | loss | 20-NN | RankMe | linear |", "|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("cifar10_cpu_*.json")):
+        of = record(path.stem)
+        linear = {row["features"]: row["linear"] for row in of["rows"]}
+        cells = [f"{of['before'][x]:.3g} → {of['after'][x]:.3g}" for x in of["before"]]
+        cells.append(f"{linear['untrained']:.1f} → {linear['trained']:.1f}")
+        lines.append(f"| `{of['options']}` | {' | '.join(cells)} |")
+    return lines
+
+
+def screening_lines() -> list[str]:
+    """The last evaluation of each throw-away run, and its first."""
+    with open(RESULTS / "cifar10_screening.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ("knn", "knn_standardized", "knn_whitened", "rankme", "ridge")
+    lines = [
+        "| run | images | 20-NN | standardized | whitened | RankMe | ridge |",
+        "|---" * 7 + "|",
+    ]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        points = [row for row in rows if row["what"] == what]
+        cells = [f"{float(points[0][c]):.1f} → {float(points[-1][c]):.1f}" for c in columns]
+        lines.append(f"| {what} | {int(points[-1]['images']):,} | {' | '.join(cells)} |")
+    return lines
+
+
+def runs_lines() -> list[str]:
+    """Runs of sweep.py on CIFAR-10."""
+    import sweep  # which takes `hardware` from here
+
+    rows = [row for row in sweep.read(RESULTS / "runs.csv") if row["data"].startswith("cifar")]
+    return sweep.table(rows)
+
+
+def ablation_lines() -> list[str]:
+    """Ablations on CIFAR-10, a table for each kind."""
+    import ablations
+    import sweep
+
+    lines = []
+    for common, rows in ablations.kinds(sweep.read(RESULTS / "ablations.csv")).items():
+        if rows[0]["data"].startswith("cifar"):
+            lines += [f"`{common}`:", "", *ablations.table(rows), ""]
+    return lines[:-1]
 
 
 def speed_lines() -> list[str]:
@@ -443,13 +493,21 @@ NOT_MEASURED = (
     "features of `vit_tiny` on a GPU (aim: 100,000 images/s), and all of `probe.py` on CIFAR-10",
     "`vit_tiny` on CIFAR-10, 100 epochs, one GPU",
 )
-BLOCKS = {  # of README.md
-    "demo": demo_lines,
-    "probe": probe_lines,
-    "measured": measured_lines,
-    "speed": speed_lines,
-    "faults": faults_lines,
-    "memory": memory_lines,
+BLOCKS = {
+    "README.md": {
+        "demo": demo_lines,
+        "probe": probe_lines,
+        "measured": measured_lines,
+        "speed": speed_lines,
+        "faults": faults_lines,
+        "memory": memory_lines,
+    },
+    "results/cifar10.md": {
+        "warm-up": warm_up_lines,
+        "screening": screening_lines,
+        "runs": runs_lines,
+        "ablations": ablation_lines,
+    },
 }
 
 

@@ -4,7 +4,7 @@
     python tests/benchmark/weights.py card                   write the cards again, from the records
 
 `ship` puts the target encoder of RUN, in half precision, into results/weights/NAME, where probe.py
-finds it by NAME (default: vit_tiny_cifar10). What its card says comes from the file, from the line
+finds it by NAME (default: vit_nano_cifar10). What its card says comes from the file, from the line
 of results/runs.csv called TAG, and from the reports of probe.py in results/ that are about these
 very weights, by their checksum. So, after `ship`, `record.py probe` with NAME, and then `card`.
 """
@@ -30,7 +30,7 @@ RECIPE = (
 )  # fmt: skip
 
 
-def ship(run: str, tag: str, name: str = "vit_tiny_cifar10") -> None:
+def ship(run: str, tag: str, name: str = "vit_nano_cifar10") -> None:
     """Export the target encoder of a run, and write its card."""
     loaded = probe.load_encoder(run)
     if not loaded.config:
