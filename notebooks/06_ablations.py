@@ -317,8 +317,8 @@ for common, lines in kinds.items():
         print("\n".join(ablations.table(lines)), end="\n\n")
 
 # %% [markdown]
-# > **Question.** Pixels are a target that never moves. At which point of a long run would you expect
-# > representations to overtake them, and which column would show it first?
+# > **Question.** Pixels are a target that never moves. At which point of a long run would you
+# > expect representations to overtake them, and which column would show it first?
 
 # %% [markdown]
 # ## Why small runs tell less: the grid
