@@ -108,7 +108,9 @@ class TrainConfig:
     weight_decay: float | None = option(None, "at the start")
     final_weight_decay: float | None = option(None, "at the end")
     momentum: float | None = option(None, "of the target encoder; lower it for short runs")
-    final_momentum: float | None = option(None, "at the end")
+    final_momentum: float | None = option(
+        None, "at the end; 1 in long runs, as --momentum in one of a few thousand steps"
+    )
 
     img_size: int | None = option(None, "pixels; by default what suits the pictures")
     patch_size: int | None = option(None, "pixels")
