@@ -300,7 +300,7 @@ def test_the_command_at_the_head_of_a_list_is_one_that_train_py_takes(path, monk
     options = shlex.split(words[words.index("--options") + 1])
     options = ["cifar10" if word == "FOLDER" else word for word in options]
     runs = sweep.make_runs(sweep.read_list(path), options, 2)
-    assert len({run.command for run in runs}) == len(runs) >= 6
+    assert len({run.command for run in runs}) == len(runs) >= 2
     configs = [sweep.configuration(run) for run in runs]
     assert len({json.dumps(config) for config in configs}) == len(runs)  # no two are the same
     assert {config["model"] for config in configs} == {"_".join(path.stem.split("_")[:2])}
