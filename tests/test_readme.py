@@ -74,6 +74,8 @@ def shortened(command: str) -> list[str]:
     words[0] = sys.executable
     if probed:
         slow = {"--augment", "--finetune"} & set(words)
+        if "vit_nano_cifar10" in words and "--data" not in words:  # it would be downloaded
+            words += ["--data", "path/to/folder"]
         return words + SHORT_PROBE + (["--epochs", "1", "--batch-size", "16"] if slow else K)
     replaced = {"vit_small": "vit_nano", "vit_tiny": "vit_nano", "vit_huge": "vit_nano"}
     if "vit_huge" in words:  # its recipe's data, which another model's would not be
