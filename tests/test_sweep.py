@@ -183,6 +183,54 @@ def test_ablations_are_the_rows_of_the_paper_and_the_masks():
             kind(grid, config.masks, **{name: getattr(config, name) for name in names})
 
 
+def test_chance_is_what_is_left_of_seeds_that_move_all_rows_alike():
+    """Of runs made up: a level for each row, a shift for each seed, and noise of a known size."""
+    random = np.random.default_rng(0)
+    levels, shifts = random.normal(50, 10, 400), random.normal(0, 5, 3)
+    noise = random.normal(0, 1.7, (400, 3))
+    runs = [
+        {seed: level + shifts[seed] + of[seed] for seed in range(3)}
+        for level, of in zip(levels, noise, strict=True)
+    ]
+    assert abs(ablations.chance(runs) - 1.7) < 0.1
+    # The mean of the differences, seed by seed, and two standard errors of it.
+    ahead, least = ablations.difference({0: 3.0, 1: 5.0, 2: 9.0}, {0: 1.0, 2: 1.0}, 1.7)
+    assert (ahead, least) == (5.0, pytest.approx(2 * np.hypot(1.7, 1.7) / 2**0.5))
+    for runs in ([], [{0: 1.0}, {0: 2.0}], [{0: 1.0, 1: 2.0}, {2: 2.0}]):
+        assert ablations.chance(runs) is None
+    assert ablations.difference({0: 3.0}, {0: 1.0}, None) == (2.0, float("inf"))
+
+
+def test_ablations_show_a_table_of_each_kind_of_runs(tmp_path, start):
+    """Two kinds, two seeds: the row that is 10 points behind is told apart, the next one is not."""
+
+    def line(words: str, seed: int, tag: str, linear: float, **more) -> dict:
+        row = dict.fromkeys(sweep.COLUMNS, "")
+        row |= {"command": f"python train.py {words} --seed {seed}", "seed": seed, "tag": tag}
+        row |= {"linear": json.dumps({"a": linear, "b": linear + 2})}
+        row |= {"knn": json.dumps({"a": 30.0, "b": 30.0})}
+        found = {"raw pixels": 20, "untrained": 25}
+        tables = {name: {t: {"knn": x, "linear": x} for t in "ab"} for name, x in found.items()}
+        row |= {"baselines": json.dumps(tables), "config": json.dumps({"model": "vit_nano"})}
+        return row | more
+
+    ours = "6 multiblock; 7 representation; masks ours"
+    figures = {ours: (50, 53), "7 pixels": (40, 44), "6 random": (50.2, 52.0)}
+    for tag, both in figures.items():
+        for seed, linear in enumerate(both):
+            sweep.add(tmp_path / "x.csv", line("--model a --steps 5", seed, tag, linear))
+    sweep.add(tmp_path / "x.csv", line("--model a --steps 9", 0, ours, 60.0))
+    sweep.add(tmp_path / "x.csv", line("--model a --steps 9", 1, ours, 90.0, error="no memory"))
+    said = start(ablations, "--show", "--out", str(tmp_path / "x.csv"))
+    first, second = said.split("`--model a --steps 9`: 1 runs")
+    assert first.startswith("`--model a --steps 5`: 6 runs\n")
+    assert "| | untrained | | 25.0 | 25.0 | | |" in first
+    assert "| 7 | pixels | 2 | 30.0 ± 0.0 | 43.0 ± 2.8 | +0.0 | -9.5 |" in first
+    assert "| 6 | random | 2 | 30.0 ± 0.0 | 52.1 ± 1.3 | +0.0 | -0.4 (undecided) |" in first
+    assert "| masks | ours | 2 | 30.0 ± 0.0 | 52.5 ± 2.1 |  |  |" in first
+    assert "| masks | ours | 1 | 30.0 | 61.0 |  |  |" in second and "told apart" not in second
+
+
 def test_ablations_without_a_limit_or_with_unknown_tables_say_so(start):
     for words, said in (((), "--minutes"), (("--minutes", "0", "--tables", "5"), "not \\['5'\\]")):
         with pytest.raises(UserError, match=said):
