@@ -5,6 +5,7 @@ Packages that only the notebooks need may be absent: then these tests are skippe
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,13 @@ def test_each_has_questions_three_solved_exercises_and_assertions(name):
     assert text.count("**Question.**") >= 2
     others = [cell.source for cell in cells if cell not in solutions and cell.cell_type == "code"]
     assert sum("assert " in source for source in others) >= 2
+
+
+def test_each_question_has_an_answer():
+    sections = re.split(r"^## \d\. ", (NOTEBOOKS / "ANSWERS.md").read_text(), flags=re.M)[1:]
+    answers = [len(re.findall(r"^\*\*.+?\*\* \w", of, re.M | re.S)) for of in sections]
+    texts = [(NOTEBOOKS / f"{name}.py").read_text() for name in build.NAMES]
+    assert answers == [text.count("**Question.**") for text in texts]
 
 
 def test_no_cell_repeats_what_the_project_has(name):
