@@ -108,7 +108,7 @@ def test_each_has_questions_three_solved_exercises_and_assertions(name):
 
 def test_each_question_has_an_answer():
     sections = re.split(r"^## \d\. ", (NOTEBOOKS / "ANSWERS.md").read_text(), flags=re.M)[1:]
-    answers = [len(re.findall(r"^\*\*.+?\*\* \w", of, re.M | re.S)) for of in sections]
+    answers = [len(re.findall(r"^\*\*.+?\*\*\s\w", of, re.M | re.S)) for of in sections]
     texts = [(NOTEBOOKS / f"{name}.py").read_text() for name in build.NAMES]
     assert answers == [text.count("**Question.**") for text in texts]
 
