@@ -1745,6 +1745,9 @@ HF_OTHERS = {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
+OF_A_MACHINE = (  # what an exported encoder does not tell of its training
+    "out", "data_dir", "resume", "auto_resume", "device", "workers", "timeout", "wandb",
+)  # fmt: skip
 OURS = {theirs: ours for ours, names in HF_LAYER.items() for theirs in names}
 OURS |= {theirs: ours for ours, theirs in HF_OTHERS.items()}
 
@@ -1839,6 +1842,9 @@ def _training(metadata: Mapping[str, str]) -> dict:
     try:
         training = json.loads(metadata["training"])
         _need(training if isinstance(training, dict) else {}, {"config": dict, "step": int})
+        std, data = (training["config"].get(name) for name in ("init_std", "data"))
+        if not isinstance(std, float | None) or not isinstance(data, str | None):
+            raise ValueError(f"init_std {std}, data {data}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"has a note on its training that is damaged ({error})") from error
     return training
@@ -1923,7 +1929,7 @@ def export(
         encoder: the network, on any device.
         folder: made if it is not there; files of the same names are replaced.
         which: "target" or "context", to be noted in the files.
-        training: `config` and `step` of the run, to be noted likewise.
+        training: `config` and `step` of the run, to be noted likewise, without this machine's paths.
         half: weights in float16 (positions stay as they are: they are compared when read).
     Raises:
         UserError: a file cannot be written.
@@ -1952,6 +1958,7 @@ def export(
     }
     weights = {name: x.detach().float().cpu() for name, x in encoder.state_dict().items()}
     if half:
+        config["dtype"] = "float32"  # to compute in, or transformers goes by the first weight
         weights = {name: x.half() for name, x in weights.items()}
         if broken := [name for name, x in weights.items() if not x.isfinite().all()]:
             raise ValueError(f"{broken[0]} is too large for float16")
@@ -1972,7 +1979,10 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "encoder": which}
     if training is not None:
-        metadata["training"] = json.dumps(dict(training))
+        told = {k: v for k, v in training["config"].items() if k not in OF_A_MACHINE}
+        if told.get("data") not in NAMED:  # a folder
+            told.pop("data", None)
+        metadata["training"] = json.dumps({"config": told, "step": training["step"]})
     _save_tensors(folder / "model.safetensors", theirs, metadata)
     _save_tensors(folder / "timm.safetensors", weights, metadata)
     # timm rounds the product down, so the quotient itself may give one less.
@@ -2533,7 +2543,7 @@ class Setup:
         encoder, config = self.loaded.encoder, self.loaded.config or {}
         if not self.config.baselines:
             return {self.trained: encoder}
-        fresh = untrained(encoder, config.get("init_std", 0.02))
+        fresh = untrained(encoder, config.get("init_std") or 0.02)
         return {"raw pixels": None, "untrained": fresh, self.trained: encoder}
 
 

@@ -831,6 +831,11 @@ def test_half_the_space(tmp_path):
     assert torch.equal(loaded.encoder.pos_embed, encoder.pos_embed)
     for name, weight in encoder.state_dict().items():
         assert torch.equal(loaded.encoder.state_dict()[name], weight.half().float()), name
+    theirs = transformers.IJepaModel.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert theirs.dtype == torch.float32
+    expected = loaded.encoder(images)
+    assert torch.allclose(theirs(images).last_hidden_state, expected, atol=1e-5, rtol=0)
     encoder.norm.weight.data[0] = 1e5
     with pytest.raises(ValueError, match="too large for float16"):
         export(encoder, tmp_path / "other", "target", half=True)
@@ -839,10 +844,17 @@ def test_half_the_space(tmp_path):
 
 def test_an_export_says_how_it_was_trained(model, tmp_path):
     training = {"config": {"data": "cifar10", "init_std": 0.046}, "step": 12}
-    export(model.target_encoder, tmp_path, "target", training)
+    told = training["config"] | {"out": "/home/me/runs", "data_dir": "/home/me", "workers": 3}
+    export(model.target_encoder, tmp_path, "target", {"config": told, "step": 12})
     loaded = load_encoder(str(tmp_path))
     assert {"config": loaded.config, "step": loaded.step} == training
-    for damaged in ("{", "[]", "{}", '{"config": 1, "step": 2}', '{"config": {}}', "[" * 10**5):
+    told = training["config"] | {"data": "/home/me/pictures"}
+    export(model.target_encoder, tmp_path, "target", {"config": told, "step": 12})
+    assert load_encoder(str(tmp_path)).config == {"init_std": 0.046}
+    wrong = ({"init_std": "x"}, {"data": 5}, {"init_std": True})
+    wrong = [json.dumps({"config": config, "step": 1}) for config in wrong]
+    nonsense = ("{", "[]", "{}", '{"config": 1, "step": 2}', '{"config": {}}', "[" * 10**5)
+    for damaged in (*nonsense, *wrong):
         tensors = load_file(tmp_path / "model.safetensors")
         note = {"encoder": "target", "training": damaged}
         save_file(tensors, tmp_path / "model.safetensors", note)

@@ -81,6 +81,9 @@ def shortened(command: str) -> list[str]:
     if "vit_huge" in words:  # its recipe's data, which another model's would not be
         words += ["--data", "imagenet"]
     words = [replaced.get(word, word) for word in words]
+    if "--epochs" in words:  # two steps instead
+        place = words.index("--epochs")
+        del words[place : place + 2]
     return words if "--resume" in words else words + SHORT
 
 

@@ -50,7 +50,7 @@ def test_ship_and_card(run, tmp_path):
     assert str(tmp_path) not in json.dumps(shipped.config)
     card = (folder / "README.md").read_text()
     assert "pictures: made up" in card and shipped.sha256 in card and "Not measured yet." in card
-    row = weights.lines("mine")[0]
+    row = weights.line("mine", 0, 2)
     linear = json.loads(row["linear"])["class"]
     assert f"linear probe {linear:.1f} %" in card and row["command"] in card
 
@@ -73,7 +73,7 @@ def test_ship_and_card(run, tmp_path):
 
 
 def test_what_cannot_be_shipped(run):
-    with pytest.raises(SystemExit, match="no finished run other with seed 0"):
+    with pytest.raises(SystemExit, match="has 0 runs other of 2 steps with seed 0"):
         weights.ship(str(run), "other", "small_cifar10")
     golden = ROOT / "tests" / "golden" / "hf_ijepa"
     with pytest.raises(SystemExit, match="does not say how it was trained"):

@@ -104,7 +104,10 @@ def kinds(lines: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for line in lines:
         if not line["error"]:
-            found.setdefault(sweep.common_options(line["command"]), []).append(line)
+            common = sweep.common_options(line["command"])
+            # Two folders look alike in commands, which show no paths.
+            common = common.replace("--data FOLDER", f"--data {line['data']}")
+            found.setdefault(common, []).append(line)
     return found
 
 

@@ -315,8 +315,8 @@ def memory_lines() -> list[str]:
     return lines
 
 
-def warm_up_lines() -> list[str]:
-    """The first steps of vit_tiny, all of them in the warm-up of a long run."""
+def squeezed_lines() -> list[str]:
+    """Whole schedules of vit_tiny in 500 steps."""
     lines = ["| options | loss | 20-NN | RankMe | linear |", "|---|---|---|---|---|"]
     for path in sorted(RESULTS.glob("cifar10_cpu_*.json")):
         of = record(path.stem)
@@ -527,7 +527,7 @@ BLOCKS = {
         "memory": memory_lines,
     },
     "results/cifar10.md": {
-        "warm-up": warm_up_lines,
+        "squeezed": squeezed_lines,
         "screening": screening_lines,
         "runs": runs_lines,
         "ablations": ablation_lines,

@@ -422,7 +422,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
         colour = f"C{tags.index(row['tag'])}"
         label = row["tag"] if row["tag"] in new else None
         new.discard(row["tag"])
-        axes.plot(minutes, [point["knn"] for point in points], color=colour, label=label)
+        style = ("-", "--")[tags.index(row["tag"]) // 10 % 2]  # there are ten colours
+        axes.plot(minutes, [point["knn"] for point in points], style, color=colour, label=label)
         linear = next(iter(json.loads(row["linear"]).values()))  # of the task that 20-NN is of
         axes.plot(minutes[-1], linear, "*", color=colour, markersize=10)
     axes.set(

@@ -23,7 +23,6 @@ import record  # noqa: E402
 import probe  # noqa: E402
 from data import whole_file  # noqa: E402
 
-MACHINE = ("out", "data_dir", "resume", "auto_resume", "device", "workers", "timeout", "wandb")
 RECIPE = (
     "batch_size", "lr", "start_lr", "final_lr", "warmup_epochs", "weight_decay",
     "final_weight_decay", "momentum", "final_momentum", "crop_scale", "flip", "masks",
@@ -35,14 +34,11 @@ def ship(run: str, tag: str, name: str = "vit_nano_cifar10") -> None:
     loaded = probe.load_encoder(run)
     if not loaded.config:
         sys.exit(f"{run} does not say how it was trained: give a run of train.py")
-    config = {key: value for key, value in loaded.config.items() if key not in MACHINE}
-    rows = [row for row in lines(tag) if int(row["seed"]) == config["seed"]]
-    if not rows:
-        sys.exit(f"results/runs.csv has no finished run {tag} with seed {config['seed']}")
-    # The set that these pictures are of, whatever folder they lay in.
-    config["data"] = name.rpartition("_")[2]
+    config = loaded.config
+    line(tag, config["seed"], loaded.step)
     folder = probe.WEIGHTS / name
-    training = {"config": config, "step": loaded.step}
+    # The set that these pictures are of, whatever folder they lay in.
+    training = {"config": config | {"data": name.rpartition("_")[2]}, "step": loaded.step}
     probe.export(loaded.encoder, folder, loaded.which, training, half=True)
     (folder / "timm.safetensors").unlink()  # `probe.py NAME --export FOLDER` makes it again
     shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
@@ -54,10 +50,14 @@ def ship(run: str, tag: str, name: str = "vit_nano_cifar10") -> None:
     card()
 
 
-def lines(tag: str) -> list[dict]:
-    """The finished runs of this name."""
+def line(tag: str, seed: int, steps: int) -> dict:
+    """The line of the finished run of this name, seed and length."""
     with open(record.RESULTS / "runs.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["tag"] == tag and not row["error"]]
+        rows = [row for row in csv.DictReader(file) if row["tag"] == tag and not row["error"]]
+    rows = [row for row in rows if (int(row["seed"]), int(row["steps"])) == (seed, steps)]
+    if len(rows) != 1:
+        sys.exit(f"results/runs.csv has {len(rows)} runs {tag} of {steps} steps with seed {seed}")
+    return rows[0]
 
 
 def text(name: str) -> str:
@@ -65,7 +65,7 @@ def text(name: str) -> str:
     of = record.record(f"weights_{name}")
     loaded = probe.load_encoder(name)
     config, encoder = loaded.config, loaded.encoder
-    run = next(row for row in lines(of["tag"]) if int(row["seed"]) == of["seed"])
+    run = line(of["tag"], of["seed"], loaded.step)
     curve = json.loads(run["curve"])
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     recipe = "\n".join(f"| `{key}` | {config[key]} |" for key in RECIPE)
@@ -109,6 +109,8 @@ python probe.py {name} --export exported        # for transformers and timm, in 
 ```
 
 ```python
+import data, probe
+
 encoder = probe.load_encoder("{name}").encoder
 features = encoder(data.normalize(pictures)).mean(1)    # (B, 3, {side}, {side}) -> (B, {width})
 ```
