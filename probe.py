@@ -1929,7 +1929,7 @@ def export(
         encoder: the network, on any device.
         folder: made if it is not there; files of the same names are replaced.
         which: "target" or "context", to be noted in the files.
-        training: `config` and `step` of the run, to be noted likewise, without this machine's paths.
+        training: `config` and `step` of the run, to be noted likewise, but no paths of the machine.
         half: weights in float16 (positions stay as they are: they are compared when read).
     Raises:
         UserError: a file cannot be written.
