@@ -169,9 +169,8 @@ assert abs(first_seed - trained) < 3
 classroom.display_file(home / "pca.png")
 
 # %% [markdown]
-# > **Question.** In the row of the untrained encoder the colours go from left to right and from top
-# > to bottom, whatever the picture. What does it describe, then? Do the colours of the trained one
-# > still follow the place, or what is there?
+# > **Question.** Compare the rows of the untrained and of the trained encoder. Where does each give
+# > like colours to patches that lie together, and what do these have in common in the picture?
 
 # %% [markdown]
 # ## Few labels
