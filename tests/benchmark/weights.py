@@ -81,7 +81,8 @@ def text(name: str) -> str:
         name=name, size=size, width=encoder.embed_dim, layers=len(encoder.blocks),
         heads=encoder.blocks[0].attn.num_heads, patch=encoder.patch_size,
         side=encoder.grid[0] * encoder.patch_size, megabytes=of["bytes"] / 1e6,
-        sha256=loaded.sha256, step=loaded.step, epochs=float(run["epochs"]), note=run["note"],
+        sha256=loaded.sha256, step=loaded.step, tag=run["tag"], epochs=float(run["epochs"]),
+        note=run["note"],
         minutes=curve[-1]["train_minutes"], all_minutes=float(run["minutes"]),
         hardware=run["hardware"], torch=run["torch"], date=run["date"], command=run["command"],
         recipe=recipe, points=points, found=found, **held,
@@ -100,7 +101,8 @@ CARD = """\
 
 The *target* encoder, which the paper evaluates, of a small I-JEPA: a ViT of width {width} with
 {layers} layers and {heads} heads, patches of {patch} pixels, pictures of {side} pixels, no class
-token; {size:.2f} million parameters in half precision ({megabytes:.1f} MB).
+token; {size:.2f} million parameters in half precision ({megabytes:.1f} MB). It comes from this
+project alone; nothing of the released I-JEPA is in it.
 
 ```bash
 python probe.py {name}                          # kNN and linear probe
@@ -115,18 +117,23 @@ encoder = probe.load_encoder("{name}").encoder
 features = encoder(data.normalize(pictures)).mean(1)    # (B, 3, {side}, {side}) -> (B, {width})
 ```
 
-`IJepaModel.from_pretrained("results/weights/{name}")` of transformers reads this folder as it is.
+transformers reads this folder as it is, with `IJepaModel.from_pretrained`.
 
 ## What it was trained on
 
-{note}. Of the 50,000 training pictures 45,000, without their labels; the other 5,000 were held out,
-to watch it. Crops and mirroring, nothing that changes colours. No test picture was seen.
+{note}.
+
+Of the 50,000 training pictures 45,000, without their labels; the other 5,000 were held out, to
+watch it. Crops and mirroring, nothing that changes colours. No test picture was seen.
 
 ## How
 
 {epochs:.1f} epochs ({step} steps) in {minutes:.0f} minutes of training, {all_minutes:.0f} with
-all evaluations, on {hardware} ({date}, torch {torch}): the run `{command}` of
-`results/runs.csv`.
+all evaluations, on {hardware} ({date}, torch {torch}): the run "{tag}" of `results/runs.csv`,
+
+```bash
+{command}
+```
 
 | | |
 |---|---|
