@@ -314,7 +314,8 @@ else:
 # One more thing differs. What is probed is the *target* encoder, and it begins as the untrained
 # one: with a momentum of $m_t$ in step $t$, a share of $\prod_t m_t$ of it still is the untrained
 # encoder at the end. In long runs that is nothing; in 500 steps it is a lot, and no choice of masks
-# can change it. The runs on photographs are longer, and their momentum does not rise to 1.
+# can change it. The runs on photographs are longer, and but for one, which shows what that costs,
+# their momentum does not rise to 1.
 
 # %%
 for common, lines in kinds.items():
