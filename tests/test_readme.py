@@ -160,7 +160,7 @@ def test_files_and_pictures_that_the_readme_names_are_there():
 def test_every_option_that_the_readme_names_exists():
     fields = (*dataclasses.fields(train.TrainConfig), *dataclasses.fields(probe.ProbeConfig))
     options = {"--" + field.name.replace("_", "-") for field in fields}
-    named = set(re.findall(r"`(--[a-z-]+)", README)) | {
+    named = set(re.findall(r"`(--[a-z0-9-]+)", README)) | {
         word for command in COMMANDS for word in command.split() if word.startswith("--")
     }
     assert named - options <= {"--help", "--nproc_per_node"}
