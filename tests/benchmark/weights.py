@@ -114,7 +114,7 @@ python probe.py {name} --export exported        # for transformers and timm, in 
 import data, probe
 
 encoder = probe.load_encoder("{name}").encoder
-features = encoder(data.normalize(pictures)).mean(1)    # (B, 3, {side}, {side}) -> (B, {width})
+features = encoder(data.normalize(pictures)).mean(1)  # (B, 3, {side}, {side}) -> (B, {width})
 ```
 
 transformers reads this folder as it is, with `IJepaModel.from_pretrained`.
