@@ -1394,7 +1394,7 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
         if (path / "last.pt").is_file():
             path = path / "last.pt"
         elif not path.exists():
-            path = coming_along(source) or _from_hub(str(source))
+            path = coming_along().get(str(source)) or _from_hub(str(source))
     with _blaming(path):
         if path.is_dir() or path.suffix == ".safetensors":
             loaded = _load_huggingface(path, which)
@@ -1406,9 +1406,9 @@ def load_encoder(source: str, which: str = "target", num_heads: int | None = Non
     return loaded
 
 
-def coming_along(name: str) -> Path | None:
-    """The folder of weights that come with the project, if these are called so."""
-    return next((folder for folder in WEIGHTS.glob("*/") if folder.name == name), None)
+def coming_along() -> dict[str, Path]:
+    """The weights that come with the project: name -> folder."""
+    return {folder.name: folder for folder in sorted(WEIGHTS.glob("*/"))}
 
 
 def released_model(checkpoint, num_heads: int | None = None) -> IJEPA:
@@ -1895,7 +1895,7 @@ def _from_hub(name: str) -> Path:
     missing = f"there is no file or folder {name}"
     file_like = Path(name).suffix in (".pt", ".pth", ".tar", ".safetensors")
     if file_like or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        known = ", ".join(sorted(folder.name for folder in WEIGHTS.glob("*/")))
+        known = ", ".join(coming_along())
         raise UserError(missing + (f" (weights that come with the project: {known})" * bool(known)))
     try:
         import huggingface_hub
@@ -2909,7 +2909,7 @@ def evaluate(config: ProbeConfig, loaded: Loaded, place: Place) -> None:
 def folders(config: ProbeConfig, loaded: Loaded) -> tuple[Path, Path]:
     """Where the report goes, and where features are kept."""
     home = Path("runs") / re.sub(r"[^\w.-]+", "_", config.checkpoint.strip("/."))
-    if not Path(config.checkpoint).exists() and coming_along(config.checkpoint):
+    if not Path(config.checkpoint).exists() and config.checkpoint in coming_along():
         home = Path("runs") / f"weights_{config.checkpoint}"  # not that of the run of this name
     if loaded.kind == "ijepa":  # beside the run
         home = Path(config.checkpoint)

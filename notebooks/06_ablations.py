@@ -266,7 +266,7 @@ assert [best[t] for t in ("6", "8", "9", "10")] == ["multiblock", "0.15-0.2", "0
 if noise is None:
     print("not enough is measured: it takes two seeds of two rows")
 else:
-    least = 2 * noise * (2 / len(SEEDS)) ** 0.5
+    least = ablations.least_gap(noise, len(SEEDS))
     print(f"Chance is {noise:.1f} points in a single run.")
     print(f"With {len(SEEDS)} seeds two rows have to be {least:.1f} points apart.\n")
     counts = {"as in the paper": 0, "the other way round": 0, "too close to tell": 0}

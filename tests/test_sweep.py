@@ -196,6 +196,7 @@ def test_chance_is_what_is_left_of_seeds_that_move_all_rows_alike():
     # The mean of the differences, seed by seed, and two standard errors of it.
     ahead, least = ablations.difference({0: 3.0, 1: 5.0, 2: 9.0}, {0: 1.0, 2: 1.0}, 1.7)
     assert (ahead, least) == (5.0, pytest.approx(2 * np.hypot(1.7, 1.7) / 2**0.5))
+    assert least == ablations.least_gap(1.7, 2) > ablations.least_gap(1.7, 3)
     for runs in ([], [{0: 1.0}, {0: 2.0}], [{0: 1.0, 1: 2.0}, {2: 2.0}]):
         assert ablations.chance(runs) is None
     assert ablations.difference({0: 3.0}, {0: 1.0}, None) == (2.0, float("inf"))
@@ -228,7 +229,11 @@ def test_ablations_show_a_table_of_each_kind_of_runs(tmp_path, start):
     assert "| 7 | pixels | 2 | 30.0 ± 0.0 | 43.0 ± 2.8 | +0.0 | -9.5 |" in first
     assert "| 6 | random | 2 | 30.0 ± 0.0 | 52.1 ± 1.3 | +0.0 | -0.4 (undecided) |" in first
     assert "| masks | ours | 2 | 30.0 ± 0.0 | 52.5 ± 2.1 |  |  |" in first
-    assert "| masks | ours | 1 | 30.0 | 61.0 |  |  |" in second and "told apart" not in second
+    assert "| masks | ours | 1 | 30.0 | 61.0 |  |  |" in second and "to tell" not in second
+    assert "With 2 seeds it takes" in first and "With 3 seeds" not in first
+    # Two folders look alike in commands: they are two kinds all the same.
+    both = [line("--model a --data FOLDER", 0, ours, 60.0, data=name) for name in ("cats", "dogs")]
+    assert [*ablations.kinds(both)] == ["--model a --data cats", "--model a --data dogs"]
 
 
 def test_ablations_without_a_limit_or_with_unknown_tables_say_so(start):

@@ -132,17 +132,21 @@ def chance(runs: Iterable[dict[int, float]]) -> float | None:
     return (squares / degrees) ** 0.5 if degrees else None
 
 
+def least_gap(noise: float, seeds: int) -> float:
+    """What it takes to believe a mean difference (points): two of its standard errors.
+
+    Of a mean over so many differences between two runs, each with the standard deviation `noise`.
+    """
+    return 2 * noise * (2 / seeds) ** 0.5
+
+
 def difference(
     first: dict[int, float], second: dict[int, float], noise: float | None
 ) -> tuple[float, float]:
-    """How far the first is ahead, seed by seed (points), and what it takes to believe it.
-
-    That is two standard errors: of a mean over n seeds of differences between two runs, each with
-    the standard deviation `noise`.
-    """
+    """How far the first is ahead, seed by seed (points), and what it takes to believe it."""
     gaps = [first[seed] - second[seed] for seed in first if seed in second]
-    least = 2 * noise * (2 / len(gaps)) ** 0.5 if noise is not None and gaps else float("inf")
-    return mean_std(gaps)[0], least
+    known = noise is not None and gaps
+    return mean_std(gaps)[0], least_gap(noise, len(gaps)) if known else float("inf")
 
 
 def table(lines: list[dict]) -> list[str]:
@@ -178,13 +182,11 @@ def table(lines: list[dict]) -> list[str]:
                 ahead.append("")
         cells = [str(len(accuracies["linear"][tags[0]])), *cells, *ahead]
         shown.append(f"| {number} | {setting} | {' | '.join(cells)} |")
-    needed = [
-        f"{2 * s * (2 / len(accuracies[column][ours[0]])) ** 0.5:.1f} points of {label}"
-        for column, label, s in zip(accuracies, ("20-NN", "linear"), noise.values(), strict=True)
-        if ours and s is not None
-    ]
-    if needed:
-        shown += ["", f"To be told apart two rows must differ by {' or '.join(needed)}."]
+    most = max(len(of) for of in accuracies["linear"].values())
+    for seeds in range(2, most + 1) if None not in noise.values() else ():
+        knn, linear = (least_gap(s, seeds) for s in noise.values())
+        needed = f"{knn:.1f} points of 20-NN or {linear:.1f} of the linear probe"
+        shown += ["", f"With {seeds} seeds it takes {needed} to tell two rows apart."]
     return shown
 
 

@@ -140,7 +140,7 @@ def probe(name: str, what: str, *options: str) -> None:
         report = json.loads(Path(out, "probe.json").read_text())
         for picture in Path(out).glob("*.png") if name in SHOWN else ():
             (RESULTS / f"probe_{name}_{picture.name}").write_bytes(picture.read_bytes())
-    first = options[0] if coming_along(options[0]) else "RUN"
+    first = options[0] if options[0] in coming_along() else "RUN"
     shown = [first, *(Path(word).name if "/" in word else word for word in options[1:])]
     figures = {key: report[key] for key in ("seconds", "results", "bf16")}
     data = report["pictures"] | {"name": Path(report["pictures"]["name"]).name}
@@ -209,14 +209,12 @@ def cifar10_lines() -> list[str]:
     """The run of the small encoder on CIFAR-10, without a GPU."""
     import sweep  # which takes `hardware` from here
 
-    rows = [row for row in sweep.read(RESULTS / "runs.csv") if row["tag"] == CIFAR_RUN]
-    row = next(row for row in rows if not row["error"])
-    trained = {name: json.loads(row[name]) for name in ("knn", "linear")}
-    tables = json.loads(row["baselines"]) | {"trained": {"class": {}}}
-    tables["trained"]["class"] = {name: of["class"] for name, of in trained.items()}
+    tag = record("weights_vit_nano_cifar10")["tag"]
+    row = next(row for row in sweep.read(RESULTS / "runs.csv") if row["tag"] == tag)
+    found = {name: of["class"] for name, of in json.loads(row["baselines"]).items()}
+    found["trained"] = {name: json.loads(row[name])["class"] for name in ("knn", "linear")}
     lines = ["| | 20-NN | linear probe |", "|---|---|---|"]
-    for name, of in tables.items():
-        lines.append(f"| {name} | {of['class']['knn']:.1f} | {of['class']['linear']:.1f} |")
+    lines += [f"| {name} | {of['knn']:.1f} | {of['linear']:.1f} |" for name, of in found.items()]
     minutes = json.loads(row["curve"])[-1]["train_minutes"]
     lines += [
         "",
@@ -327,10 +325,36 @@ def squeezed_lines() -> list[str]:
     return lines
 
 
+def turn_lines() -> list[str]:
+    """How far runs of vit_tiny came that were stopped: each evaluation."""
+    import sweep  # which takes `hardware` from here
+
+    lines = ["| run | epochs | 20-NN | RankMe |", "|---|---|---|---|"]
+    for row in sweep.read(RESULTS / "runs.csv"):
+        if row["error"] and row["model"] == "vit_tiny" and row["data"].startswith("cifar"):
+            for p in json.loads(row["curve"]):
+                point = f"{p['epoch']:.1f} | {p['knn']:.1f} | {p['rankme']:.1f}"
+                lines.append(f"| {row['tag']}, {row['error']} | {point} |")
+    return lines
+
+
+def momentum_lines() -> list[str]:
+    """The demo with a momentum that stays, beside the demo: seed 0."""
+    other = record("demo_final_momentum")
+    run = next(run for run in record("demo")["runs"] if run["seed"] == other["seed"])
+    lines = ["| the demo, linear probe | momentum rises to 1 | it stays |", "|---|---|---|"]
+    for one, two in zip(run["rows"], other["rows"], strict=True):
+        assert (one["features"], one["task"]) == (two["features"], two["task"])
+        if one["features"] == "trained":
+            lines.append(f"| {one['task']} | {one['linear']:.1f} | {two['linear']:.1f} |")
+    return lines
+
+
 def screening_lines() -> list[str]:
     """The last evaluation of each throw-away run, and its first."""
-    with open(RESULTS / "cifar10_screening.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    import sweep  # which takes `hardware` from here
+
+    rows = sweep.read(RESULTS / "cifar10_screening.csv")
     columns = ("knn", "knn_standardized", "knn_whitened", "rankme", "ridge")
     lines = [
         "| run | images | 20-NN | standardized | whitened | RankMe | ridge |",
@@ -510,7 +534,6 @@ DESCRIPTIONS = {
         )
     ],
 }
-CIFAR_RUN = "70 epochs"  # of lists/vit_nano_cifar10_cpu.txt
 DATA_OF_CIFAR = "CIFAR-10 (JPEG copy)"  # altered pixels: 2 to 3 points less than the original
 NOT_MEASURED = (
     "features of `vit_tiny` on a GPU (aim: 100,000 images/s), and all of `probe.py` on CIFAR-10",
@@ -528,7 +551,9 @@ BLOCKS = {
     },
     "results/cifar10.md": {
         "squeezed": squeezed_lines,
+        "turn": turn_lines,
         "screening": screening_lines,
+        "momentum": momentum_lines,
         "runs": runs_lines,
         "ablations": ablation_lines,
     },

@@ -415,17 +415,14 @@ def draw_curves(rows: list[dict], path: Path) -> None:
         raise UserError(f"no picture of {len(machines)} machines: choose finished runs of one")
     figure, axes = probe.plt_subplots(figsize=(8, 4.5), layout="constrained")
     tags = list(dict.fromkeys(row["tag"] for row in rows))
-    new = set(tags)
-    for row in rows:
-        points = json.loads(row["curve"])
-        minutes = [point["train_minutes"] for point in points]
-        colour = f"C{tags.index(row['tag'])}"
-        label = row["tag"] if row["tag"] in new else None
-        new.discard(row["tag"])
-        style = ("-", "--")[tags.index(row["tag"]) // 10 % 2]  # there are ten colours
-        axes.plot(minutes, [point["knn"] for point in points], style, color=colour, label=label)
-        linear = next(iter(json.loads(row["linear"]).values()))  # of the task that 20-NN is of
-        axes.plot(minutes[-1], linear, "*", color=colour, markersize=10)
+    for number, tag in enumerate(tags):
+        colour, style = f"C{number}", ("-", "--")[number // 10 % 2]  # there are ten colours
+        for i, row in enumerate(row for row in rows if row["tag"] == tag):
+            points = json.loads(row["curve"])
+            minutes, knn = ([point[name] for point in points] for name in ("train_minutes", "knn"))
+            axes.plot(minutes, knn, style, color=colour, label=None if i else tag)
+            linear = next(iter(json.loads(row["linear"]).values()))  # of the task that 20-NN is of
+            axes.plot(minutes[-1], linear, "*", color=colour, markersize=10)
     axes.set(
         xlabel=f"minutes of training, {machines[0]}",
         ylabel="20-NN (lines), linear probe (stars): %, held out",

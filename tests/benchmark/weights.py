@@ -9,7 +9,6 @@ of results/runs.csv called TAG, and from the reports of probe.py in results/ tha
 very weights, by their checksum. So, after `ship`, `record.py probe` with NAME, and then `card`.
 """
 
-import csv
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import record  # noqa: E402
+import sweep  # noqa: E402
 
 import probe  # noqa: E402
 from data import whole_file  # noqa: E402
@@ -42,18 +42,15 @@ def ship(run: str, tag: str, name: str = "vit_nano_cifar10") -> None:
     probe.export(loaded.encoder, folder, loaded.which, training, half=True)
     (folder / "timm.safetensors").unlink()  # `probe.py NAME --export FOLDER` makes it again
     shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
-    size = (folder / "model.safetensors").stat().st_size
-    record.write(
-        f"weights_{name}", f"python tests/benchmark/weights.py ship RUN {tag!r}",
-        tag=tag, seed=config["seed"], bytes=size,
-    )  # fmt: skip
+    command = f"python tests/benchmark/weights.py ship RUN {tag!r}"
+    record.write(f"weights_{name}", command, tag=tag)
     card()
 
 
 def line(tag: str, seed: int, steps: int) -> dict:
     """The line of the finished run of this name, seed and length."""
-    with open(record.RESULTS / "runs.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["tag"] == tag and not row["error"]]
+    rows = sweep.read(record.RESULTS / "runs.csv")
+    rows = [row for row in rows if row["tag"] == tag and not row["error"]]
     rows = [row for row in rows if (int(row["seed"]), int(row["steps"])) == (seed, steps)]
     if len(rows) != 1:
         sys.exit(f"results/runs.csv has {len(rows)} runs {tag} of {steps} steps with seed {seed}")
@@ -62,10 +59,10 @@ def line(tag: str, seed: int, steps: int) -> dict:
 
 def text(name: str) -> str:
     """The model card."""
-    of = record.record(f"weights_{name}")
     loaded = probe.load_encoder(name)
     config, encoder = loaded.config, loaded.encoder
-    run = line(of["tag"], of["seed"], loaded.step)
+    run = line(record.record(f"weights_{name}")["tag"], config["seed"], loaded.step)
+    file = probe.coming_along()[name] / "model.safetensors"
     curve = json.loads(run["curve"])
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     recipe = "\n".join(f"| `{key}` | {config[key]} |" for key in RECIPE)
@@ -74,13 +71,13 @@ def text(name: str) -> str:
         f"| {p['rankme']:.1f} |"
         for p in curve
     )
-    held = {name: json.loads(run[name])["class"] for name in ("knn", "linear")}
+    held = {column: json.loads(run[column])["class"] for column in ("knn", "linear")}
     reports = [r for r in record.reports() if r["checkpoint"]["sha256"] == loaded.sha256]
     found = "\n".join(record.probe_table(reports)) if reports else "Not measured yet."
     return CARD.format(
         name=name, size=size, width=encoder.embed_dim, layers=len(encoder.blocks),
         heads=encoder.blocks[0].attn.num_heads, patch=encoder.patch_size,
-        side=encoder.grid[0] * encoder.patch_size, megabytes=of["bytes"] / 1e6,
+        side=encoder.grid[0] * encoder.patch_size, megabytes=file.stat().st_size / 1e6,
         sha256=loaded.sha256, step=loaded.step, tag=run["tag"], epochs=float(run["epochs"]),
         note=run["note"],
         minutes=curve[-1]["train_minutes"], all_minutes=float(run["minutes"]),
@@ -91,9 +88,9 @@ def text(name: str) -> str:
 
 def card() -> None:
     """Write all cards."""
-    for folder in probe.WEIGHTS.glob("*/"):
+    for name, folder in probe.coming_along().items():
         with whole_file(folder / "README.md") as temporary:
-            temporary.write_text(text(folder.name))
+            temporary.write_text(text(name))
 
 
 CARD = """\
