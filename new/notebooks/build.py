@@ -1,0 +1,47 @@
+"""Execute the notebooks: NAME.py is the source, NAME.ipynb beside it is written with outputs.
+
+python notebooks/build.py              all notebooks
+python notebooks/build.py 01_masks     some of them
+python notebooks/build.py --fast       execute with IJEPA_FAST=1 (as the tests do), write nothing
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.NotebookNode:
+    """Run all cells in a new kernel, in place; raises CellExecutionError at the first error."""
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:02}"  # not random, so that a new build changes little
+    env = os.environ | {"IJEPA_FAST": "1" if fast else "0"}
+    resources = {"metadata": {"path": str(HERE)}}
+    NotebookClient(notebook, timeout=600, resources=resources, record_timing=False).execute(env=env)
+    notebook.metadata = {k: notebook.metadata[k] for k in ("jupytext", "kernelspec")}
+    for cell in notebook.cells:
+        if any(WIDGET in output.get("data", {}) for output in cell.get("outputs", ())):
+            text = {"text/plain": "(Run this cell to get the sliders.)"}  # they need a kernel
+            cell.outputs = [nbformat.v4.new_output("display_data", text)]
+    return notebook
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="such as 01_masks; default: all")
+    parser.add_argument("--fast", action="store_true", help="small versions; nothing is written")
+    args = parser.parse_args()
+    for name in args.names or sorted(path.stem for path in HERE.glob("0*.py")):
+        start = time.perf_counter()
+        notebook = execute(jupytext.read(HERE / f"{name}.py"), args.fast)
+        text = nbformat.writes(notebook)
+        if not args.fast:
+            (HERE / f"{name}.ipynb").write_text(text + "\n")
+        print(f"{name}: {time.perf_counter() - start:.0f} s, {len(text) / 1e3:.0f} kB")

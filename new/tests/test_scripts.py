@@ -1,0 +1,288 @@
+"""Scripts: weights from and to other projects, fine-tuning, the LARS probe and the benchmark."""
+
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import IJepaModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import benchmark
+import convert
+import finetune
+import lars_probe
+
+from data import run_main
+from ijepa import IJEPA, IJEPAConfig, ViT
+from probe import load_encoder, save_encoder
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = IJEPAConfig(16, 4, 24, 3, 2, 8, 1, mlp_ratio=3.0)
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def call(monkeypatch, module, *arguments):
+    """`python scripts/module.py arguments`, in this process; strings are split at spaces."""
+    words = [word for argument in arguments for word in str(argument).split()]
+    monkeypatch.setattr(sys, "argv", [module.__file__, *words])
+    run_main(module.main)
+
+
+def error_line(capsys, monkeypatch, module, *arguments):
+    """The one line that a user's mistake prints, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        call(monkeypatch, module, *arguments)
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message.count("\n") == 1, message
+    return message
+
+
+def close(a, b, tolerance=1e-5):
+    return torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def random_encoder(config=TINY):
+    """An encoder whose weights, biases and norms all matter to the output."""
+    encoder = ViT(config).eval().requires_grad_(False)
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return encoder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with a last.pt as of train.py."""
+    model = IJEPA(TINY)
+    model.target_encoder = random_encoder()
+    checkpoint = {"config": {"data": "folder"}, "architecture": asdict(TINY), "step": 7}
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint | {"model": model.state_dict()}, tmp_path / "run" / "last.pt")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Options: an untrained encoder, and a folder with images of dark and of bright noise."""
+    for split, count in (("train", 30), ("test", 6)):
+        for c, name in enumerate(("dark", "bright")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(100 * c, 100 * c + 100, (16, 16, 3)).to(torch.uint8)
+                file = tmp_path / "images" / split / name / f"{i}.png"
+                Image.fromarray(pixels.numpy()).save(file)
+    save_encoder(tmp_path / "encoder.safetensors", ViT(TINY), TINY)
+    return tmp_path / "encoder.safetensors", "--data", tmp_path / "images"
+
+
+# --------------------------------------------------------------------------------------- convert
+
+
+def test_released_checkpoint_gives_golden_outputs(tmp_path, monkeypatch):
+    golden = torch.load(GOLDEN / "reference_steps.pt", weights_only=True)
+    path, target, step = (
+        tmp_path / "released.pth.tar",
+        tmp_path / "ours.safetensors",
+        golden["steps"][0],
+    )
+    torch.save(golden["checkpoint"], path)
+    call(monkeypatch, convert, path, target, "--num-heads 2")
+    encoder, config, _ = load_encoder(str(target))
+    assert (config.img_size, config.patch_size, config.depth, config.mlp_ratio) == (32, 4, 2, 4.0)
+    assert close(encoder(step["images"]), step["target_output"])
+    call(monkeypatch, convert, path, target, "--num-heads 2 --online")
+    encoder, _, info = load_encoder(str(target))
+    assert close(encoder(step["images"], step["context_masks"][0]), step["context_output"])
+
+
+def test_hugging_face_example_gives_golden_output():
+    encoder, config, _ = convert.read_encoder(str(GOLDEN / "hf_ijepa"))
+    example = torch.load(GOLDEN / "hf_ijepa" / "example.pt", weights_only=True)
+    assert config.norm_eps == 1e-12
+    assert close(encoder(example["images"]), example["last_hidden_state"])
+
+
+def test_hugging_face_to_timm_and_back(tmp_path, monkeypatch):
+    through, back = tmp_path / "timm.safetensors", tmp_path / "hf"
+    call(monkeypatch, convert, GOLDEN / "hf_ijepa", through, "--to timm")
+    call(monkeypatch, convert, through, back, "--to hf --num-heads 2")
+    original = load_file(GOLDEN / "hf_ijepa" / "model.safetensors")
+    written = load_file(back / "model.safetensors")
+    assert written.keys() == original.keys()
+    assert all(torch.equal(written[name], original[name]) for name in original)
+
+
+def test_transformers_gives_our_output(run, tmp_path, monkeypatch):
+    expected = load_encoder(str(run))[0](IMAGES)
+    for half, tolerance in (("", 1e-5), ("--half", 0.05)):
+        call(monkeypatch, convert, run, tmp_path / "hf", "--to hf", half)
+        model, info = IJepaModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        output = model.eval()(IMAGES).last_hidden_state
+        assert output.dtype == torch.float32 and close(output, expected, tolerance)
+        model.save_pretrained(tmp_path / "saved")  # under the names of this version
+        again, _, _ = convert.read_encoder(str(tmp_path / "saved"))
+        assert close(again(IMAGES), output)
+
+
+OTHER = replace(TINY, patch_size=8, in_chans=1, norm_eps=1e-3, mlp_ratio=41 / 24)
+
+
+@pytest.mark.parametrize("config", [TINY, OTHER])
+def test_timm_gives_our_output(config, tmp_path, monkeypatch, capsys):
+    encoder, images = random_encoder(config), IMAGES[:, : config.in_chans]
+    source, target = tmp_path / "ours.safetensors", tmp_path / "timm.safetensors"
+    save_encoder(source, encoder, config)
+    call(monkeypatch, convert, source, target, "--to timm")
+    printed = capsys.readouterr().out.splitlines()[0]
+    model = eval(printed, {"timm": timm, "torch": torch, "functools": functools}).eval()
+    assert close(model.forward_features(images), encoder(images))
+    assert close(model(images), encoder(images).mean(1))
+
+
+def test_timm_state_dict_with_head_is_read(tmp_path):
+    model = timm.create_model(
+        "vit_base_patch16_224", img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3,
+        class_token=False, global_pool="avg", fc_norm=False, num_classes=5,
+    ).eval()  # fmt: skip
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    encoder, _, _ = convert.read_encoder(str(tmp_path / "timm.pth"))
+    assert close(encoder(IMAGES), model.forward_features(IMAGES))
+
+
+def test_run_keeps_its_step_and_config(run, tmp_path, monkeypatch):
+    expected = load_encoder(str(run))[0].state_dict()
+    call(monkeypatch, convert, run, tmp_path / "new" / "model.safetensors --half")
+    encoder, config, info = load_encoder(str(tmp_path / "new"))
+    assert (config, info["step"], info["train_config"]) == (TINY, 7, {"data": "folder"})
+    assert all(torch.equal(x, expected[k].half().float()) for k, x in encoder.state_dict().items())
+
+
+def test_width_tells_the_heads_of_vit_huge_and_giant():
+    for dim, heads, ratio in ((768, 12, 4), (1280, 16, 4), (1408, 16, 48 / 11)):  # not width / 64
+        config = IJEPAConfig(16, 8, dim, 1, heads, dim, mlp_ratio=ratio)
+        with torch.device("meta"):
+            state = ViT(config).state_dict() | {"pos_embed": torch.empty(1, 4, dim)}
+        assert convert.build_encoder(state, None)[1] == config
+
+
+def test_convert_errors_are_one_line(run, tmp_path, monkeypatch, capsys):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    content, state = (run / "last.pt").read_bytes(), convert.timm_state(random_encoder(), False)
+    (tmp_path / "cut.pth.tar").write_bytes(content[: len(content) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    torch.save({"encoder": Code()}, tmp_path / "code.pth.tar")
+    torch.save({"a": 1}, tmp_path / "foreign.pth")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    save_file(state | {"cls_token": torch.zeros(1)}, tmp_path / "class.safetensors")
+    save_file(state | {"pos_embed": torch.zeros(1, 17, 24)}, tmp_path / "17.safetensors")
+    save_file(state | {"pos_embed": torch.zeros(1, 16, 24)}, tmp_path / "trained.safetensors")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    out, error = tmp_path / "out.safetensors", functools.partial(error_line, capsys, monkeypatch)
+    for name, message in {
+        "cut.pth.tar": "cut", "cut.safetensors": "cut", "code.pth.tar": "code",
+        "foreign.pth": "pos", "foreign.safetensors": "pos", "class.safetensors": "cls_token",
+        "17.safetensors": "17", "trained.safetensors": "trained", "vit": "type vit",
+        "nothing": "no checkpoint",
+    }.items():  # fmt: skip
+        assert message in error(convert, tmp_path / name, out, "--num-heads 2")
+    assert "--num-heads" in error(convert, tmp_path / "17.safetensors", out)
+    assert "end in .safetensors" in error(convert, run, tmp_path)
+    assert "a target" in error(convert, run)
+    assert "written" in error(convert, run, run / "last.pt", "--to hf")
+    assert not out.exists() and not (tmp_path / "executed").exists()
+
+
+def test_script_runs_from_the_command_line():
+    command = [sys.executable, convert.__file__, "none", "none.safetensors"]
+    result = subprocess.run(command, capture_output=True)
+    assert result.returncode == 2 and result.stderr.count(b"\n") == 1
+
+
+# --------------------------------------------------------------- finetune, lars_probe, benchmark
+
+
+def test_learning_rate_decays_with_distance_from_head():
+    model = finetune.Classifier(ViT(TINY), 2, max_drop=0.2)
+    groups = finetune.param_groups_layer_decay(model, 0.1, layer_decay=0.5)
+    settings = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        layer = 0 if "patch_embed" in name else 4  # 4: head and last norm
+        layer = int(name.split(".")[2]) + 1 if "blocks" in name else layer
+        assert settings[id(p)] == (0.5 ** (4 - layer), 0.1 if p.ndim > 1 else 0.0), name
+
+
+def test_drop_path_acts_in_training_only():
+    encoder = random_encoder()
+    expected, model = encoder(IMAGES).mean(1), finetune.Classifier(encoder, 24, max_drop=0.9)
+    model.head.weight.data.copy_(torch.eye(24))
+    assert close(model.eval()(IMAGES), expected) and not close(model.train()(IMAGES), expected)
+
+
+def test_fraction_is_taken_from_each_class():
+    labels, indices = torch.arange(300) % 3, torch.arange(30, 300)
+    chosen = finetune.select_fraction(labels, indices, 0.1, seed=0)
+    assert labels[chosen].bincount().tolist() == [9, 9, 9]
+    assert len(set(chosen.tolist())) == 27 and set(chosen.tolist()) <= set(indices.tolist())
+    assert len(finetune.select_fraction(labels, indices, 1e-6, seed=0)) == 3
+
+
+def test_finetune_learns_bright_from_dark(dataset, tmp_path, monkeypatch):
+    options = "--epochs 8 --batch-size 16 --accum-steps 2 --lr 0.01 --no-rand-augment --out"
+    call(monkeypatch, finetune, *dataset, options, tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert result["test"] > 0.9 and len(result["epochs"]) == 8
+    state = torch.load(tmp_path / "out" / "classifier.pt", weights_only=True)
+    finetune.Classifier(ViT(TINY), 2).load_state_dict(state)
+
+
+def test_finetune_is_reproducible(dataset, monkeypatch, capsys):
+    options = "--epochs 2 --batch-size 8 --mixup 0.8 --cutmix 1 --drop-path 0.2"
+    printed = []
+    for _ in range(2):
+        call(monkeypatch, finetune, *dataset, options, "--labels-fraction 0.5")
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "on 28 labeled images" in printed[0]
+
+
+def test_lars_probe_learns_bright_from_dark(dataset, monkeypatch, capsys):
+    call(monkeypatch, lars_probe, *dataset, "--epochs 6 --batch-size 16 --accum-steps 2")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == ["last layer", "last 4 layers"]
+    assert all(float(line.split("test ")[1].split(" %")[0]) > 90 for line in lines)
+
+
+def test_lars_step_is_a_fraction_of_the_norm():
+    head = lars_probe.Head("last layer", 24, 3, lr=2.0, weight_decay=0.0)
+    before = head.linear.weight.detach().clone()
+    head.step(torch.randn(32, 4, 24), torch.arange(32) % 3, lr_scale=0.1)
+    moved = (head.linear.weight - before).norm() / before.norm()
+    assert moved.item() == pytest.approx(0.001 * 0.2, rel=1e-2)
+
+
+def test_benchmark_prints_one_line(run, monkeypatch, capsys):
+    call(monkeypatch, benchmark, "--batch-size 4 --steps 2 --bf16 --load", run)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "vit_nano on cpu" in line and "images/s" in line and "loaded in" in line
+
+
+def test_script_errors_are_one_line(dataset, monkeypatch, capsys):
+    error = functools.partial(error_line, capsys, monkeypatch)
+    assert "multiple of 2" in error(finetune, *dataset, "--batch-size 3")
+    assert "54 labeled" in error(finetune, *dataset, "--batch-size 64")
+    assert "54 labeled" in error(lars_probe, *dataset, "--batch-size 64")
+    monkeypatch.setattr(finetune, "Mixup", None)
+    monkeypatch.setattr(lars_probe, "Lars", None)
+    assert "pip install" in error(finetune) and "pip install" in error(lars_probe)

@@ -1,0 +1,476 @@
+"""Train I-JEPA on a laptop, on one GPU or on many.
+
+    python train.py                                            # offline demo, minutes on two cores
+    python train.py --model vit_tiny --data cifar10            # downloads 170 MB
+    python train.py --model vit_small --data path/to/folder    # folder/train/<class>/<image>
+    torchrun --nproc_per_node 8 train.py --model vit_huge      # ImageNet in data/imagenet
+    python train.py --model vit_tiny --data cifar10 --resume   # continue a stopped run
+
+A run writes to its folder (--out): last.pt (checkpoint), log.csv, curves.png, and at the end
+result.json. It depends on seed and global batch size, not on the number of processes,
+micro-batches or workers, and a resumed run gives the same bits as an uninterrupted one. SIGTERM
+and Ctrl-C save a checkpoint and stop; a second one stops at once.
+"""
+
+import csv
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import probe
+from data import (
+    Distributed,
+    UserError,
+    atomic_write,
+    distributed,
+    eval_batches,
+    load_dataset,
+    main_process_first,
+    option,
+    parse_args,
+    run_main,
+    seeded_generator,
+    train_batches,
+    train_val_split,
+)
+from ijepa import (
+    IJEPA,
+    MODELS,
+    STRATEGIES,
+    IJEPAConfig,
+    MaskCollator,
+    Range,
+    build_masks,
+    build_model,
+    learning_rate,
+    parameter_groups,
+    patch_grid,
+    target_momentum,
+    weight_decay,
+)
+
+# ------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run. None means: the value of the model's recipe."""
+
+    model: str = option("vit_nano", "architecture and recipe", "model", choices=[*MODELS])
+    patch_size: int | None = option(None, "side of a patch in pixels", "model")
+    predictor_dim: int | None = option(None, "width of the predictor (Table 14)", "model")
+    predictor_depth: int | None = option(None, "layers of the predictor (Table 12)", "model")
+
+    data: str | None = option(
+        None, "textures, cifar10, cifar100, stl10, imagenet or a folder", "data"
+    )
+    data_dir: str = option("data", "where named datasets are, or are downloaded to", "data")
+    img_size: int | None = option(None, "side of the training images in pixels", "data")
+    crop_scale: Range | None = option(None, "area of random crops, as a fraction", "data")
+
+    epochs: float | None = option(None, "passes over the training images", "optimization")
+    batch_size: int | None = option(None, "images per step, over all processes", "optimization")
+    accum_steps: int = option(1, "micro-batches per step, to save memory", "optimization")
+    lr: float | None = option(None, "peak learning rate", "optimization")
+    warmup_epochs: float | None = option(None, "epochs of linear warm-up", "optimization")
+    weight_decay: Range | None = option(None, "at the start and at the end", "optimization")
+    momentum: Range | None = option(None, "of the EMA, at the start and at the end", "optimization")
+    seed: int = option(0, "of initial weights, order, crops and masks", "optimization")
+
+    masks: str = option("multiblock", "strategy (Table 6)", "masks and ablations", [*STRATEGIES])
+    num_targets: int | None = option(None, "target blocks (Table 10)", "masks and ablations")
+    target_scale: Range | None = option(
+        None, "their area, as a fraction (Table 8)", "masks and ablations"
+    )
+    context_scale: Range | None = option(
+        None, "the context block's (Table 9)", "masks and ablations"
+    )
+    context_size: int | None = option(None, "context patches per image", "masks and ablations")
+    target: str = option(
+        "representation", "what to predict (Table 7)", "masks and ablations",
+        ["representation", "pixels"],
+    )  # fmt: skip
+    target_mask: str = option(
+        "output", "where targets are cut (Table 11)", "masks and ablations", ["output", "input"]
+    )
+    target_norm: str | None = option(
+        None, "of the targets (D10)", "masks and ablations", ["layer", "whiten"]
+    )
+    loss: str = option("smooth_l1", "(D1)", "masks and ablations", ["smooth_l1", "l2"])
+
+    device: str | None = option(None, "cpu or cuda; default: a GPU if there is one", "hardware")
+    bf16: bool | None = option(None, "bfloat16 autocast; default: on a GPU", "hardware")
+    compile: bool = option(False, "torch.compile every transformer layer", "hardware")
+    workers: int | None = option(
+        None, "processes that load images; default: 8 beside a GPU, otherwise 0", "hardware"
+    )
+
+    out: str | None = option(None, "folder of the run; default: runs/<model>_<data>", "logging")
+    resume: bool = option(False, "continue the run in --out, with its options", "logging")
+    eval_every: float = option(1.0, "epochs between evaluations", "logging")
+    save_every: float = option(10.0, "minutes between checkpoints", "logging")
+    wandb: bool = option(False, "log to Weights & Biases, too", "logging")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values that a model trains with by default. These are the paper's (Appendix A.1)."""
+
+    data: str = "imagenet"
+    crop_scale: Range = (0.3, 1.0)
+    flip: bool = False  # as released
+    epochs: float = 600
+    batch_size: int = 2048
+    lr: float = 1e-3
+    warmup_epochs: float = 15
+    weight_decay: Range = (0.04, 0.4)
+    momentum: Range = (0.996, 1.0)
+    context_size: int | None = None
+    start_lr: float = 0.1  # of the peak, as is `final_lr`
+    final_lr: float = 0.001
+
+
+# Ours, for 32-pixel images and few epochs; measured in results/README.md.
+SMALL = Recipe(
+    "cifar10", flip=True, epochs=60, batch_size=64, warmup_epochs=1, weight_decay=(0.04, 0.04),
+    momentum=(0.996, 0.996), context_size=24, final_lr=0.01,
+)  # fmt: skip
+RECIPES = {
+    "vit_nano": replace(SMALL, data="textures"),
+    "vit_tiny": SMALL,
+    "vit_small": SMALL,
+    "vit_huge": Recipe(epochs=300),
+}  # the other models: Recipe()
+DEMO_EPOCHS = 4  # with --data textures
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
+    """Fill in the recipe's values. Raises UserError if options contradict each other."""
+    recipe = RECIPES.get(config.model, Recipe())
+    data = config.data or recipe.data
+    if data == "textures":
+        recipe = replace(recipe, epochs=DEMO_EPOCHS)
+    fill = {f.name for f in fields(Recipe)} & {f.name for f in fields(TrainConfig)}
+    given = {name: value for name, value in asdict(config).items() if value is not None}
+    config = replace(config, **{name: given.get(name, getattr(recipe, name)) for name in fill})
+    config = replace(config, out=config.out or f"runs/{config.model}_{Path(data).name}")
+    same = {f.name for f in fields(IJEPAConfig)} & given.keys()
+    try:
+        architecture = replace(MODELS[config.model], **{name: given[name] for name in same})
+        make_masks(config, architecture)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config, architecture, recipe
+
+
+# ------------------------------------------------------------------------------------ training
+
+EVAL_IMAGES = 10_000  # training images that k-NN and linear probes learn from, at most
+LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only at these steps
+
+
+def train(config: TrainConfig, world: Distributed) -> None:
+    """One run, from the options to the final evaluation."""
+    config, checkpoint = resume(config) if config.resume else (config, None)
+    config, architecture, recipe = resolve(config)
+    out, device = Path(config.out), world.device
+    if checkpoint is None and (out / "last.pt").exists():
+        raise UserError(f"{out} already holds a run: add --resume, or choose another --out")
+
+    with main_process_first(world):  # it may download
+        dataset = load_dataset(config.data, "train", config.data_dir, architecture.img_size)
+    train_idx, _ = train_val_split(dataset)
+    masks = make_masks(config, architecture)
+    epoch_steps = len(train_idx) / config.batch_size
+    total_steps = round(config.epochs * epoch_steps)
+    eval_steps = max(1, round(config.eval_every * epoch_steps))
+    start_step = checkpoint["step"] if checkpoint else 0
+    check_steps(config, world, total_steps, start_step)
+
+    torch.manual_seed(config.seed)
+    model = build_model(architecture).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model), fused=True)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if config.compile:
+        for layer in (*model.encoder.blocks, *model.predictor.predictor_blocks):
+            layer.compile()
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    ddp = model
+    if world.world_size > 1:  # buffers are equal on all processes, nothing to broadcast
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+
+    steps = range(start_step, total_steps)
+    workers = config.workers if config.workers is not None else 8 * (device.type == "cuda")
+    batches = train_batches(
+        dataset, train_idx, masks, steps, batch_size=config.batch_size,
+        accum_steps=config.accum_steps, seed=config.seed, crop_scale=config.crop_scale,
+        flip=recipe.flip, rank=world.rank, world_size=world.world_size, device=device,
+        workers=workers,
+    )  # fmt: skip
+    schedule = partial(schedules, config, recipe, total_steps, epoch_steps)
+    validation = Validation(dataset, device, workers)
+    if world.is_main:
+        log = Log(out, start_step, config)
+        print(describe(config, model, len(train_idx), steps, device), flush=True)
+    stop = StopSignal()
+    losses = []
+    logged = saved = time.monotonic()
+
+    for step in tqdm(steps, "training", disable=not world.is_main, leave=False, mininterval=1):
+        lr, wd, momentum = schedule(step)
+        for group in optimizer.param_groups:
+            group.update(lr=lr, weight_decay=wd if group["decays"] else 0.0)
+
+        for micro_step in range(config.accum_steps):
+            images, context_idx, target_idx = next(batches)
+            ddp.require_backward_grad_sync = micro_step == config.accum_steps - 1  # once per step
+            with autocast:
+                loss = ddp(images, context_idx, target_idx) / config.accum_steps
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_target(momentum)
+
+        done = step + 1
+        evaluate = done % eval_steps == 0 or done == total_steps
+        if done % LOG_STEPS and not evaluate:
+            continue
+        num_steps = len(losses) / config.accum_steps
+        loss, stopping = world.mean(torch.stack(losses).sum() / num_steps, stop.number > 0)
+        losses.clear()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {done}: start again with a lower --lr")
+        if world.is_main:
+            now = time.monotonic()
+            row = {"step": done, "epoch": done / epoch_steps, "loss": loss, "lr": lr,
+                   "weight_decay": wd, "momentum": momentum,
+                   "images_per_second": num_steps * config.batch_size / (now - logged)}  # fmt: skip
+            if evaluate:
+                row |= validation.metrics(model, masks)
+            log.add(row)
+            if evaluate or stopping or now - saved > 60 * config.save_every:
+                save(out / "last.pt", config, architecture, done, model, optimizer)
+                saved = now
+            logged = time.monotonic()
+        if stopping and done < total_steps:
+            print(f"stopped at step {done} of {total_steps}: continue with --resume")
+            sys.exit(128 + (stop.number or signal.SIGTERM))
+    if world.is_main:
+        finish(log, config, architecture, model, validation, masks)
+
+
+def schedules(config: TrainConfig, recipe: Recipe, total_steps: int, epoch_steps: float, step: int):
+    """Learning rate, weight decay and EMA momentum of a step."""
+    warmup_steps = round(config.warmup_epochs * epoch_steps)
+    start_lr, final_lr = config.lr * recipe.start_lr, config.lr * recipe.final_lr
+    return (
+        learning_rate(step, total_steps, warmup_steps, start_lr, config.lr, final_lr),
+        weight_decay(step, total_steps, *config.weight_decay),
+        target_momentum(step, total_steps, *config.momentum),
+    )
+
+
+# ------------------------------------------------------------------- checking, resuming, saving
+
+
+def make_masks(config: TrainConfig, architecture: IJEPAConfig) -> MaskCollator:
+    """The masks of a run. Raises ValueError if the grid of patches is too small for them."""
+    return build_masks(
+        patch_grid(architecture.img_size, architecture.patch_size),
+        config.masks,
+        config.num_targets,
+        config.target_scale,
+        config.context_scale,
+        context_size=config.context_size,
+    )
+
+
+def check_steps(config: TrainConfig, world: Distributed, total_steps: int, start_step: int) -> None:
+    """Raises UserError if there is nothing to train, or the batch cannot be divided."""
+    if total_steps < 1:
+        raise UserError(f"--epochs {config.epochs} is less than one batch of {config.batch_size}")
+    if start_step >= total_steps:
+        raise UserError(f"{config.out} has finished all of its {total_steps} steps")
+    parts = config.accum_steps * world.world_size
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide into {world.world_size} processes "
+            f"with {config.accum_steps} micro-batches each: choose a multiple of {parts}"
+        )
+
+
+FREE = {  # options that may change when a run resumes, because they do not change the result
+    "out", "resume", "accum_steps", "device", "compile", "workers", "save_every", "wandb",
+}  # fmt: skip
+
+
+def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
+    """The saved options of the run in --out, and its checkpoint.
+
+    Raises UserError if there is no readable checkpoint, or if an option contradicts it.
+    """
+    out = resolve(config)[0].out
+    checkpoint = probe.load_checkpoint(Path(out, "last.pt"))
+    saved = TrainConfig(**checkpoint["config"])
+    defaults = TrainConfig()
+    for field in fields(TrainConfig):
+        given, value = getattr(config, field.name), getattr(saved, field.name)
+        if field.name not in FREE and given not in (getattr(defaults, field.name), value):
+            raise UserError(
+                f"{out} was trained with {field.name} {value}, not {given}: leave the option out, "
+                "or start a new run in another --out"
+            )
+    free = {name: getattr(config, name) for name in FREE}
+    return replace(saved, **free | {"out": out}), checkpoint
+
+
+def save(path: Path, config, architecture, step: int, model, optimizer) -> None:
+    """Write a checkpoint; `path` is replaced only when it is complete."""
+    state = {
+        "config": asdict(config),
+        "architecture": asdict(architecture),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+class StopSignal:
+    """The first SIGTERM or Ctrl-C asks the run to save and stop; the second stops it at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, _) -> None:
+        self.number = number
+        print(f"stopping within {LOG_STEPS} steps; again to stop at once", file=sys.stderr)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------ evaluation and logging
+
+
+class Validation:
+    """What the target encoder has learned, measured on validation images (see `probe.py`)."""
+
+    def __init__(self, dataset, device: torch.device, workers: int):
+        self.splits = probe.make_splits(dataset, train_images=EVAL_IMAGES)
+        self.num_classes = len(dataset.classes)
+        self.device, self.workers = device, workers
+
+    def features(self, encoder) -> probe.Features:
+        return probe.extract_splits(self.splits, encoder, self.device, workers=self.workers)
+
+    def metrics(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
+        """During training: 20-NN, RankMe, feature std, and the loss with fixed crops and masks."""
+        features = self.features(model.target_encoder)
+        return {"val_loss": self.loss(model, masks)} | probe.monitor(features, self.num_classes)
+
+    @torch.no_grad()
+    def loss(self, model: IJEPA, masks: MaskCollator) -> float:
+        dataset, indices = self.splits["val"]
+        total, generator = 0.0, seeded_generator("validation masks")
+        for images in eval_batches(dataset, indices, self.device, 100, self.workers):
+            masks_idx = (idx.to(self.device) for idx in masks.sample(len(images), generator))
+            total += model(images, *masks_idx).item() * len(images)
+        return total / len(indices)
+
+    def table(self, encoders: dict) -> list[dict]:
+        """After training: 20-NN and linear probes of several encoders."""
+        return [
+            {"name": name} | probe.evaluate(self.features(encoder), self.num_classes, self.device)
+            for name, encoder in encoders.items()
+        ]
+
+
+class Log:
+    """log.csv, one row per LOG_STEPS steps; curves.png; Weights & Biases on request."""
+
+    COLUMNS = (
+        "step", "epoch", "loss", "lr", "weight_decay", "momentum", "images_per_second",
+        "val_loss", "knn", "rankme", "feature_std",
+    )  # fmt: skip
+
+    def __init__(self, out: Path, start_step: int, config: TrainConfig):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path, self.rows = out / "log.csv", []
+        if start_step:  # rows after the checkpoint belong to steps that run again
+            with self.path.open() as file:
+                self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= start_step]
+        self._write("w", self.rows)
+        self.wandb = start_wandb(config) if config.wandb else None
+
+    def _write(self, mode: str, rows: list[dict]) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self._write("a", [row])
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        if "knn" in row:
+            names = ("step", "loss", "val_loss", "knn", "rankme", "feature_std")
+            tqdm.write("  ".join(f"{name} {row[name]:.4g}" for name in names))
+
+
+def start_wandb(config: TrainConfig):
+    """A Weights & Biases run. Raises UserError if the package is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb needs the package: pip install wandb") from error
+    return wandb.init(project="ijepa", name=config.out, config=asdict(config), resume="allow")
+
+
+def describe(config: TrainConfig, model: IJEPA, num_images: int, steps: range, device) -> str:
+    count = sum(p.numel() for p in model.encoder.parameters())
+    return (
+        f"{config.model}, encoder of {count / 1e6:.1f} M parameters, on {num_images:,} images of "
+        f"{config.data}; steps {steps.start} to {steps.stop}, batch {config.batch_size}, {device}; "
+        f"output in {config.out}"
+    )
+
+
+def finish(log: Log, config: TrainConfig, architecture, model: IJEPA, validation, masks) -> None:
+    """Write curves.png, overview.png and result.json; print the table."""
+    out = log.path.parent
+    probe.draw_curves(out / "curves.png", log.rows)
+    encoders = {
+        "pixels": None,
+        "untrained": probe.untrained_encoder(architecture, config.seed).to(validation.device),
+        "trained": model.target_encoder,
+    }
+    rows = validation.table(encoders)
+    print(f"\nValidation accuracy in %, probes learn from {EVAL_IMAGES:,} training images\n")
+    print(probe.format_table(rows))
+
+
+def main() -> None:
+    config = parse_args(TrainConfig, __doc__)
+    with distributed(config.device) as world:
+        train(config, world)
+
+
+if __name__ == "__main__":
+    run_main(main)
