@@ -104,6 +104,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise UserError(f"{path} could not be written: {error}") from error

@@ -45,7 +45,7 @@ from ijepa import IJEPAConfig, ViT
 WEIGHTS = Path(__file__).resolve().parent / "results" / "weights"  # pretrained weights included
 K, TEMPERATURE = 20, 0.07  # of k-NN, as in DINO
 # L2 strengths of the linear probe, strongest first. scikit-learn's C is 1 / (n * l2).
-L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 DRAWS = 3  # random samples of labeled images per low-shot result
 
 Splits = dict[str, tuple]  # "train", "val", perhaps "test" -> (dataset, indices)
@@ -117,11 +117,14 @@ def extract_features(
 
 
 def pixel_features(batches: Iterable[Tensor]) -> Tensor:
-    """Raw pixels as features: (B, 3, S, S) each -> (n, 1, 3 * s * s) with s = S, at most 32."""
+    """Raw pixels as features: (B, 3, S, S) each -> (n, 1, 3 * s * s) with s = S, at most 16.
+
+    16 pixels are as accurate as 32 on CIFAR-10, and four times as fast.
+    """
     rows = []
     for images in batches:
-        if images.shape[-1] > 32:
-            images = F.interpolate(images, size=(32, 32), mode="area")
+        if images.shape[-1] > 16:
+            images = F.interpolate(images, size=(16, 16), mode="area")
         rows.append(images.flatten(1)[:, None].cpu())
     return torch.cat(rows)
 
@@ -199,8 +202,8 @@ def linear_probe(
     mean = train_features.mean(0)
     std = train_features.std(0, correction=0).clamp_min(1e-6)  # a constant feature stays zero
     x = (train_features - mean) / std
-    # In principal axes the problem is the same, but its curvature is almost diagonal, and L-BFGS
-    # needs tens of iterations instead of thousands.
+    # In principal axes the problem is the same, but its curvature is almost diagonal, which suits
+    # L-BFGS.
     axes, variances = principal_axes(x)
     x = x @ axes  # (n_train, R)
     weight, bias = x.new_zeros(x.shape[1], num_classes), x.new_zeros(num_classes)
@@ -238,7 +241,7 @@ def fit_softmax(
     scaled = (weight / scale).requires_grad_()
     bias = bias.clone().requires_grad_()
     eps = torch.finfo(x.dtype).eps
-    options = {"max_iter": 200, "tolerance_grad": 10 * eps, "tolerance_change": 0.1 * eps}
+    options = {"max_iter": 200, "tolerance_grad": 10 * eps, "tolerance_change": 10 * eps}
     optimizer = torch.optim.LBFGS(
         [scaled, bias], history_size=10, line_search_fn="strong_wolfe", **options
     )
@@ -495,25 +498,45 @@ def _one_per_class(labels: Tensor, classes: int = 8) -> list[int]:
     return [int((labels == c).nonzero()[0]) for c in labels.unique()[:classes]]
 
 
-def draw_neighbors(path: Path, splits: Splits, neighbors: Tensor) -> None:
-    """A test image of each of eight classes, and its nearest training images.
+def _only(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The image (3, H, W) with everything but some patches faded."""
+    keep = torch.zeros(grid[0] * grid[1]).index_fill_(0, patches, 1.0).view(1, 1, *grid)
+    keep = F.interpolate(keep, size=image.shape[-2:], mode="nearest")[0]
+    return (255 - (255 - image.float()) * (0.1 + 0.9 * keep)).to(torch.uint8)
 
-    neighbors: (n_test, k) indices within the training split.
+
+def draw_neighbors(path: Path, splits: Splits, split: str, neighbors: Tensor, masks=None) -> None:
+    """An image of each of eight classes and its nearest training images.
+
+    Args:
+        split: where the images come from, "val" or "test".
+        neighbors: (n, k) indices within the training split, for each image of `split`.
+        masks: a MaskCollator; given, context and target blocks of each image are shown, too.
     """
-    (train_set, train_idx), (dataset, indices) = splits["train"], splits["test"]
+    (train_set, train_idx), (dataset, indices) = splits["train"], splits[split]
     labels, train_labels = dataset.labels[indices], train_set.labels[train_idx]
     queries = _one_per_class(labels)
-    columns = min(7, neighbors.shape[1])
-    figure, axes = _subplots(len(queries), columns + 1, 1.05 * columns + 1.6, 1.1 * len(queries))
-    for row, query in zip(axes, queries, strict=True):
-        found = neighbors[query, :columns].tolist()
-        images = train_set.load(train_idx[found])
-        _show(row[0], dataset.load(indices[[query]])[0])
+    columns, shown = min(6, neighbors.shape[1]), 3 if masks else 1
+    width = 1.05 * (columns + shown) + 0.6
+    figure, axes = _subplots(len(queries), shown + columns, width, 1.1 * len(queries) + 0.3)
+    if masks:
+        context_idx, target_idx = masks.sample(len(queries), seeded_generator("figure"))
+    for i, (row, query) in enumerate(zip(axes, queries, strict=True)):
+        image = dataset.load(indices[[query]])[0]
+        _show(row[0], image)
         row[0].set_ylabel(dataset.classes[labels[query]], fontsize=9)
-        for axis, other, i in zip(row[1:], images, found, strict=True):
+        if masks:
+            _show(row[1], _only(image, context_idx[i], masks.grid))
+            _show(row[2], _only(image, target_idx[i].flatten(), masks.grid))
+        found = neighbors[query, :columns].tolist()
+        for axis, other, i in zip(
+            row[shown:], train_set.load(train_idx[found]), found, strict=True
+        ):
             _show(axis, other, BLUE if train_labels[i] == labels[query] else VERMILION)
-    axes[0, 0].set_title("test image", fontsize=9)
-    figure.suptitle("Nearest training images: same class (blue), other class (orange)", fontsize=10)
+    for axis, title in zip(axes[0], ("image", "context", "targets")[:shown], strict=False):
+        axis.set_title(title, fontsize=9)
+    title = "nearest training images: same class blue, other class orange"
+    axes[0, shown].set_title(title, fontsize=9, loc="left").set_in_layout(False)
     _save(figure, path)
 
 
@@ -660,7 +683,8 @@ def main() -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     (train_x, train_y), (x, y) = features["train"], features["test"]  # of the trained encoder
     dataset, indices = splits["test"]
-    draw_neighbors(out / "neighbors.png", splits, nearest(train_x[:, -1], x[:, -1])[1])
+    neighbors = nearest(train_x[:, -1], x[:, -1])[1]
+    draw_neighbors(out / "neighbors.png", splits, "test", neighbors)
     predicted = knn_classify(train_x[:, -1], train_y, x[:, -1], num_classes)
     draw_confusion(out / "confusion.png", y, predicted, dataset.classes)
     networks = {k: v for k, v in encoders.items() if v is not None}

@@ -13,6 +13,7 @@ and Ctrl-C save a checkpoint and stop; a second one stops at once.
 """
 
 import csv
+import json
 import math
 import signal
 import sys
@@ -130,7 +131,7 @@ class Recipe:
     epochs: float = 600
     batch_size: int = 2048
     lr: float = 1e-3
-    warmup_epochs: float = 15
+    warmup_epochs: float = 15  # (D9)
     weight_decay: Range = (0.04, 0.4)
     momentum: Range = (0.996, 1.0)
     context_size: int | None = None
@@ -392,13 +393,6 @@ class Validation:
             total += model(images, *masks_idx).item() * len(images)
         return total / len(indices)
 
-    def table(self, encoders: dict) -> list[dict]:
-        """After training: 20-NN and linear probes of several encoders."""
-        return [
-            {"name": name} | probe.evaluate(self.features(encoder), self.num_classes, self.device)
-            for name, encoder in encoders.items()
-        ]
-
 
 class Log:
     """log.csv, one row per LOG_STEPS steps; curves.png; Weights & Biases on request."""
@@ -453,7 +447,7 @@ def describe(config: TrainConfig, model: IJEPA, num_images: int, steps: range, d
 
 
 def finish(log: Log, config: TrainConfig, architecture, model: IJEPA, validation, masks) -> None:
-    """Write curves.png, overview.png and result.json; print the table."""
+    """Print the table of the run; write it to result.json, and curves.png and overview.png."""
     out = log.path.parent
     probe.draw_curves(out / "curves.png", log.rows)
     encoders = {
@@ -461,9 +455,23 @@ def finish(log: Log, config: TrainConfig, architecture, model: IJEPA, validation
         "untrained": probe.untrained_encoder(architecture, config.seed).to(validation.device),
         "trained": model.target_encoder,
     }
-    rows = validation.table(encoders)
-    print(f"\nValidation accuracy in %, probes learn from {EVAL_IMAGES:,} training images\n")
+    features = {name: validation.features(encoder) for name, encoder in encoders.items()}
+    rows = [
+        {"name": name} | probe.evaluate(x, validation.num_classes, validation.device)
+        for name, x in features.items()
+    ]
+    count = len(features["trained"]["train"][0])
+    print(
+        f"\nValidation accuracy in %; k-NN and linear probes learn from {count:,} training images"
+    )
     print(probe.format_table(rows))
+    with atomic_write(out / "result.json") as temporary:
+        result = {"config": asdict(config), "train_images": count, "rows": rows}
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    last_layer = {split: x[:, -1] for split, (x, _) in features["trained"].items()}
+    _, neighbors = probe.nearest(last_layer["train"], last_layer["val"])
+    probe.draw_neighbors(out / "overview.png", validation.splits, "val", neighbors, masks)
+    print(f"\nWrote result.json, curves.png and overview.png to {out}")
 
 
 def main() -> None:

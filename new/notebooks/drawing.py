@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 # Okabe and Ito's colours: distinct for colour-blind readers, too.
@@ -12,83 +12,79 @@ CONTEXT, TARGETS = BLUE, (VERMILION, GREEN, ORANGE, PURPLE)  # of target 1, 2, 3
 
 def style() -> None:
     """Large letters for a projector; figures as JPEG, which keeps notebooks small."""
-    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 88, "subsampling": 0})
+    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 75})
     plt.rcParams.update({
-        "figure.constrained_layout.use": True, "figure.dpi": 90, "font.size": 14,
-        "axes.titlesize": 14, "axes.spines.right": False, "axes.spines.top": False,
-        "axes.prop_cycle": plt.cycler(color=(BLUE, *TARGETS)), "lines.linewidth": 2.5,
+        "figure.constrained_layout.use": True, "figure.dpi": 72, "font.size": 16,
+        "axes.titlesize": 16, "axes.spines.right": False, "axes.spines.top": False,
+        "axes.prop_cycle": plt.cycler(color=(BLUE, *TARGETS)), "lines.linewidth": 3,
     })  # fmt: skip
 
 
-def pixel_mask(idx, grid: int, size: int) -> torch.Tensor:
-    """True at the pixels of the patches idx: (size, size)."""
-    mask, side = torch.zeros(grid * grid, dtype=torch.bool), size // grid
-    mask[idx] = True
-    return mask.view(grid, grid).repeat_interleave(side, 0).repeat_interleave(side, 1)
+def row(images, masks=None, colors="black", titles=None, grid: int = 14) -> None:
+    """Images in a row, each with a mask, a color and a title, see `show`."""
+    count, colors = len(images), [colors] * len(images) if isinstance(colors, str) else colors
+    _, axes = plt.subplots(1, count, figsize=(min(14, 4 * count), min(14 / count, 4) + 0.4))
+    for i, axis in enumerate(axes):
+        mask, title = masks[i] if masks is not None else None, titles[i] if titles else ""
+        show(axis, images[i], mask, colors[i], title, grid)
 
 
 def show(axis, image, idx=None, color: str = "black", title: str = "", grid: int = 14) -> None:
-    """An image (3, S, S) uint8 with its patches; of these only idx, if given, with a border."""
+    """An image (3, S, S) uint8 in patches; of these only idx (K,), or the targets idx (M, T)."""
     pixels, size = image.permute(1, 2, 0) / 255, image.shape[-1]
-    if idx is not None:
-        pixels = torch.where(pixel_mask(idx, grid, size)[..., None], pixels, torch.tensor(0.88))
-        outline(axis, idx, color, grid, size)
-    axis.imshow(pixels)
     for line in range(size // grid, size, size // grid):
-        axis.axhline(line - 0.5, color="white", linewidth=0.6)
-        axis.axvline(line - 0.5, color="white", linewidth=0.6)
+        axis.axhline(line - 0.5, color="white", linewidth=0.5)
+        axis.axvline(line - 0.5, color="white", linewidth=0.5)
+    if idx is not None:
+        visible, colors = pixel_mask(idx, grid, size), 2 * TARGETS if idx.ndim == 2 else [color]
+        pixels = torch.where(visible[..., None], pixels, torch.tensor(0.88))
+        for block, border in zip(idx.view(-1, idx.shape[-1]), colors, strict=False):
+            mask = torch.nn.functional.pad(pixel_mask(block, grid, size).float(), (1, 1, 1, 1))
+            axis.contour(mask, [0.5], extent=(-1, size, -1, size), colors=border, linewidths=3)
+    axis.imshow(pixels)
     axis.set_title(title, color=color)
     axis.axis("off")
 
 
-def outline(axis, idx, color: str, grid: int = 14, size: int = 224, width: float = 3) -> None:
-    """The border of the patches idx."""
-    mask = torch.nn.functional.pad(pixel_mask(idx, grid, size).float(), (1, 1, 1, 1))
-    around = torch.arange(-1, size + 1)
-    axis.contour(around, around, mask, levels=[0.5], colors=color, linewidths=width, zorder=3)
+def pixel_mask(idx, grid: int, size: int) -> torch.Tensor:  # (S, S) bool
+    mask = torch.zeros(grid * grid).index_fill(0, idx.flatten(), 1).view(grid, grid)
+    return mask.kron(torch.ones(size // grid, size // grid)).bool()
 
 
 def method(image) -> None:
     """The method, as in Figure 3 of the paper, on an image (3, 224, 224)."""
-    blocks = ((1, 1, 6, 5), (2, 8, 5, 5), (8, 1, 5, 6), (8, 8, 5, 5))  # top, left, height, width
-    numbers, free = torch.arange(196).view(14, 14), torch.ones(14, 14, dtype=torch.bool)
-    for top, left, height, width in blocks:
-        free[top : top + height, left : left + width] = False
-    axis = plt.subplots(figsize=(14, 6.2))[1]
-    axis.set(xlim=(0, 14), ylim=(0, 6.2))
+    grid = torch.arange(196).view(14, 14)
+    blocks = (grid[1:7, 1:6], grid[2:7, 8:13], grid[8:13, 1:7], grid[8:13, 8:13])
+    context = grid[~torch.isin(grid, torch.cat([block.flatten() for block in blocks]))]
+    axis = plt.figure(figsize=(14, 6.2)).add_subplot(xlim=(0, 14), ylim=(0, 6.2))
     axis.axis("off")
+    center, thick = {"ha": "center", "va": "center"}, {"lw": 2.5, "mutation_scale": 24, "fc": "k"}
 
     def arrow(start, end, kind="-|>", line="-"):
-        style = {"arrowstyle": kind, "linestyle": line, "mutation_scale": 24, "lw": 2.5}
-        axis.add_patch(FancyArrowPatch(start, end, color="black", **style))
+        axis.add_patch(FancyArrowPatch(start, end, arrowstyle=kind, ls=line, **thick))
 
-    for x, y, text, color in (
-        (3.2, 4.1, "context\nencoder", BLUE), (6.3, 4.1, "predictor", BLUE),
-        (3.2, 0.7, "target\nencoder", "0.35"), (6.3, 0.7, "LayerNorm", "0.35"),
-    ):  # fmt: skip
-        axis.add_patch(FancyBboxPatch((x, y), 1.8, 1.1, "round,pad=0.1", fc=color, ec="none"))
-        axis.text(x + 0.9, y + 0.55, text, color="white", ha="center", va="center", fontsize=18)
-        arrow((2.35 if x < 4 else 5.1, y + 0.55), (x - 0.12, y + 0.55))
-    for y, idx, text in ((3.5, numbers[free], "context"), (0.1, None, "whole image")):
+    for y, visible, color, others, names in (
+        (3.5, context, BLUE, "none", ("context", "context\nencoder", "predictor")),
+        (0.1, None, "0.35", "0.82", ("image", "target\nencoder", "LayerNorm")),
+    ):
         inset = axis.inset_axes((0, y, 2.3, 2.3), transform=axis.transData)
-        show(inset, image, idx, CONTEXT if "c" in text else "black", text)
-        arrow((8.2, y + 1.15), (8.95, y + 1.15))
-        for k in range(196 if idx is None else 0):  # representations of all patches
-            corner = 9.0 + 0.165 * (k % 14), y + 0.165 * (k // 14)
-            axis.add_patch(Rectangle(corner, 0.13, 0.13, fc="0.82"))
-        for (top, left, height, width), color, name in zip(blocks, TARGETS, "1234", strict=True):
-            for k in range(height * width):
-                corner = 9.0 + 0.165 * (left + k % width), y + 0.165 * (13 - top - k // width)
-                axis.add_patch(Rectangle(corner, 0.13, 0.13, fc=color))
-            at = 8.98 + 0.165 * (left + width / 2), y - 0.02 + 0.165 * (14 - top - height / 2)
-            bubble = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "none"}
-            axis.text(*at, name, ha="center", va="center", fontsize=14, color="black", bbox=bubble)
-    arrow((4.1, 3.95), (4.1, 1.95), line="--")
-    arrow((10.15, 3.55), (10.15, 2.5), "<|-|>")
-    arrow((7.2, 5.75), (7.2, 5.35))
+        show(inset, image, visible, color, names[0])
+        for x, name in zip((3.2, 6.3), names[1:], strict=True):
+            axis.add_patch(FancyBboxPatch((x, y + 0.6), 1.8, 1.1, "round,pad=0.1", color=color))
+            axis.text(x + 0.9, y + 1.15, name, color="white", fontsize=18, **center)
+        for start, end in ((2.35, 3.08), (5.1, 6.18), (8.2, 8.95)):
+            arrow((start, y + 1.15), (end, y + 1.15))
+        colors = (others, *TARGETS)  # of the patches outside the blocks, then of the blocks
+        for idx, color, name in zip((grid, *blocks), colors, " 1234", strict=True):
+            x_token, y_token = 9.1 + 0.165 * (idx % 14), y + 0.165 * (13.5 - idx // 14)
+            axis.scatter(x_token, y_token, s=95, c=color, marker="s", linewidths=0)
+            axis.text(x_token.mean(), y_token.mean(), name, fontsize=20, weight="bold", **center)
+    arrow((4.1, 4), (4.1, 1.9), line="--")
+    arrow((10.15, 3.6), (10.15, 2.45), "<|-|>")
+    arrow((7.2, 5.8), (7.2, 5.3))
     for x, y, text in (
-        (4.3, 2.95, "EMA: follows slowly"), (10.4, 3.02, "loss: distance"),
-        (5.9, 5.95, "mask tokens: which patches?"), (11.5, 1.25, "targets\n(no gradient)"),
-        (11.5, 4.65, "predictions\n(gradients flow back)"),
+        (5.6, 2.95, "EMA: follows slowly"), (11.3, 3.02, "loss: distance"),
+        (7.2, 5.95, "mask tokens: which patches?"), (12.6, 1.25, "targets\n(no gradient)"),
+        (12.6, 4.65, "predictions\n(gradients\nflow back)"),
     ):  # fmt: skip
-        axis.text(x, y, text, va="center", fontsize=16)
+        axis.text(x, y, text, fontsize=16, **center)

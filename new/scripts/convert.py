@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,15 +63,16 @@ def hf_names(name: str) -> list[str]:
 
 
 def read_encoder(source: str, online=False, num_heads: int | None = None):
-    """The encoder in `source`, its config, and {"network", "step", "train_config"} if known.
+    """The encoder in `source`, its config, and what is known of its training, a dict.
 
+    online: the context encoder instead of the target encoder, where `source` has both.
     num_heads: for state dicts of a width that no model of `MODELS` has.
     Raises UserError if `source` holds no such encoder. No code in a file is ever run.
     """
-    path, state = Path(source), None
+    path, state, info = Path(source), None, {}
     try:
         if (path / "config.json").is_file():
-            return *read_hf(path), {}
+            return *read_hf(path), info
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 ours = "config" in (file.metadata() or {})
@@ -80,11 +81,12 @@ def read_encoder(source: str, online=False, num_heads: int | None = None):
             # Memory-mapped: of a released file of 10 GB, only the encoder is read.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if "target_encoder" in checkpoint:  # released
-                checkpoint = checkpoint["encoder" if online else "target_encoder"]
+                info = {"network": "encoder" if online else "target_encoder"}
+                checkpoint = checkpoint[info["network"]]
             if "architecture" not in checkpoint:
                 state = {name.removeprefix("module."): x for name, x in checkpoint.items()}
         if state is not None:
-            return *build_encoder(state, num_heads), {}
+            return *build_encoder(state, num_heads), info
         encoder, config, info = load_encoder(source, online)
         return encoder, config, {key: info[key] for key in ("network", "step", "train_config")}
     except UserError:
@@ -183,9 +185,8 @@ def timm_call(path: Path, config: IJEPAConfig) -> str:
     """Python code that creates the model with timm and loads the weights in `path`."""
     c, hidden = config, round(config.embed_dim * config.mlp_ratio)
     # timm rounds the product down, which may give one less.
-    ratio = (
-        c.mlp_ratio if int(c.embed_dim * c.mlp_ratio) == hidden else (hidden + 0.5) / c.embed_dim
-    )
+    exact = int(c.embed_dim * c.mlp_ratio) == hidden
+    ratio = c.mlp_ratio if exact else (hidden + 0.5) / c.embed_dim
     return (
         f"timm.create_model('vit_base_patch16_224', checkpoint_path={str(path)!r}, num_classes=0, "
         f"class_token=False, global_pool='avg', fc_norm=False, img_size={c.img_size}, "
@@ -195,28 +196,24 @@ def timm_call(path: Path, config: IJEPAConfig) -> str:
     )
 
 
-def write_encoder(
-    target: Path, to: str, encoder: ViT, config: IJEPAConfig, half: bool, info: dict
-) -> None:
-    """Write the encoder in a format of the module's docstring. Raises UserError if that fails."""
-    folder = target if to == "hf" else target.parent
+def write_encoder(target: Path, to: str, encoder: ViT, half: bool, info: dict) -> None:
+    """Write the encoder in a format of the module's docstring. Raises UserError or OSError."""
+    config, folder = encoder.config, target if to == "hf" else target.parent
     folder.mkdir(parents=True, exist_ok=True)
-    if to == "ijepa":
-        if (
-            encoder.pos_embed - sincos_positions(config.embed_dim, encoder.grid)
-        ).abs().max() > 1e-3:
-            raise UserError("its positions are trained: only --to hf and --to timm can store them")
-        save_encoder(target, encoder, config, half, info)
-        return
-    path = folder / "model.safetensors" if to == "hf" else target
-    state = hf_state(encoder, half) if to == "hf" else timm_state(encoder, half)
-    with atomic_write(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
     if to == "hf":
+        with atomic_write(folder / "model.safetensors") as temporary:
+            save_file(hf_state(encoder, half), temporary, metadata={"format": "pt"})
         with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(hf_config(config), indent=2) + "\n")
+    elif to == "timm":
+        with atomic_write(target) as temporary:
+            save_file(timm_state(encoder, half), temporary, metadata={"format": "pt"})
+        print(timm_call(target, config))
     else:
-        print(timm_call(path, config))
+        fixed = sincos_positions(config.embed_dim, encoder.grid)
+        if (encoder.pos_embed - fixed).abs().max() > 1e-3:
+            raise UserError("its positions are trained: only --to hf and --to timm can store them")
+        save_encoder(target, encoder, config, half, info)
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -241,12 +238,11 @@ def main() -> None:
     if config.to != "hf" and not config.target.endswith(".safetensors"):
         raise UserError(f"--to {config.to} writes a file: {config.target} must end in .safetensors")
     target = Path(config.target)
-    encoder, architecture, info = read_encoder(config.source, config.online, config.num_heads)
+    encoder, a, info = read_encoder(config.source, config.online, config.num_heads)
     try:
-        write_encoder(target, config.to, encoder, architecture, config.half, info)
-    except OSError as error:
+        write_encoder(target, config.to, encoder, config.half, info)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{target} could not be written: {error}") from error
-    a = architecture
     print(f"wrote {target}: width {a.embed_dim}, {a.depth} layers, {a.num_heads} heads")
 
 

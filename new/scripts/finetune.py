@@ -220,12 +220,10 @@ def main() -> None:
     splits = load_splits(probe_config, architecture, info)
     dataset, indices = splits["train"]
     indices = select_fraction(dataset.labels, indices, config.labels_fraction, config.seed)
-    splits["train"] = dataset, indices
-    if config.batch_size > len(indices):
-        raise UserError(
-            f"--batch-size {config.batch_size}: there are {len(indices)} labeled images"
-        )
+    splits["train"] = (dataset, indices)
     sizes = {name: len(idx) for name, (_, idx) in splits.items()}
+    if config.batch_size > sizes["train"]:
+        raise UserError(f"--batch-size {config.batch_size} exceeds {sizes['train']} labeled images")
     print(f"fine-tuning {info['file']} on {sizes['train']:,} labeled images")
 
     torch.manual_seed(config.seed)

@@ -124,9 +124,7 @@ def main() -> None:
     splits = load_splits(probe_config, architecture, info)
     dataset, indices = splits["train"]
     if config.batch_size > len(indices):
-        raise UserError(
-            f"--batch-size {config.batch_size}: there are {len(indices)} labeled images"
-        )
+        raise UserError(f"--batch-size {config.batch_size} exceeds {len(indices)} labeled images")
     print(f"linear probe by LARS: {info['file']}, {len(indices):,} labeled training images")
     with distributed(config.device) as process:
         device = process.device
