@@ -1,61 +1,42 @@
-"""I-JEPA in one file: images in, representations out, no labels and no hand-made augmentations.
+"""I-JEPA in one file: images in, representations out, without labels or hand-made augmentations.
 
 Paper: Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive
-Architecture", CVPR 2023. Sections, equations and tables below are those of the paper.
+Architecture", CVPR 2023. Sections, equations and tables named below are those of the paper.
 
-The idea. Hide several blocks of an image, and predict them from what is left: not their pixels,
-but their *representations*, as another network sees them. That network, the target encoder, is a
-slow-moving average of the one being trained: something stable to predict, which need not describe
-what no context can foretell, such as the exact texture of the grass.
+The idea. Hide several blocks of an image and predict them from the rest: not their pixels, but
+their *representations*. The representations come from a second network, the target encoder, whose
+weights are a moving average (EMA) of the encoder being trained. A representation can leave out
+what no context could foretell, such as the exact texture of grass; pixels cannot.
 
-The algorithm, one step (Section 3; the names are those of the code):
+The algorithm: one training step (Section 3, Figure 3).
 
-    1. context_idx, target_idx = masks.sample(B)        M target blocks, a context without them
-    2. targets     = LN(target_encoder(images))[target_idx]                 whole image, no gradient
-    3. context     = encoder(images, keep=context_idx)              sees the context patches only
-    4. predictions = predictor(context, context_idx, target_idx)    "what is at these places?"
+    1. context_idx, target_idx = masks.sample(B)       M target blocks, a context without them
+    2. targets     = normalize(target_encoder(images))[target_idx]     whole image, no gradient
+    3. context     = encoder(images, keep=context_idx)            sees the context patches only
+    4. predictions = predictor(context, context_idx, target_idx)            one block at a time
     5. loss        = mean distance between predictions and targets
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-Afterwards `target_encoder(images).mean(1)` is the representation of the images (Appendix A.1).
+After training, the average of `target_encoder(images)` over the patches represents the image.
 
-Letters, in every shape comment of this file:
+Notation, used in every shape comment:
 
-    B  images in the batch            K  context patches per image, the same for all
-    H  rows of patches, W  columns    M  target blocks per image
-    N  patches per image, H * W       T  patches per target block, the same for all
-    D  width of the encoder           P  width of the predictor
-    S  shapes a block can take        C  channels, p  side of a patch in pixels
+    B  images in the batch              D  width of the encoder
+    C  channels, p  patch size          P  width of the predictor
+    N  patches of an image, H rows      K  context patches of an image
+       and W columns: N = H * W         M  target blocks of an image, T  patches of each
 
-Where this differs from the paper (P) or from the code its authors released (R), on purpose:
-
-    D1 (P)  Targets are LayerNormed and the loss is smooth L1, the mean over all numbers, as in R.
-            The paper sums squares, without a norm; `loss="l2"` squares, but stays a mean.
-    D2 (P)  Weight decay rises along a cosine, as in R; the paper says "linearly".
-    D3 (R)  Blocks are placed uniformly over every position, the last row and column included, and
-            so is the context block. In R the last row and column are never context nor target,
-            and the context block stays in the top left corner.
-    D4 (R)  Scale and aspect ratio of a block are drawn independently; R sets both from one number.
-    D5 (P,R) The context has K patches whatever the batch size; what is too many is dropped at
-            random. R cuts every mask of a batch to the shortest one and keeps the first patches
-            in raster order: the context loses its lower part, and more so in larger batches.
-    D6 (R)  Context and targets never overlap; an image whose targets leave too little is drawn
-            again (which favours targets that overlap, slightly). R gives up after 20 draws and
-            lets them into the context. Settings where half of the draws fail are refused.
-    D7 (R)  The output weights of the branches of layer l are divided by sqrt(2 l). R means to,
-            and then initializes a second time without.
-    D8 (R)  Positions are evaluated for the grid at hand, so other image sizes and non-square
-            images work. R interpolates, on the assumption of a class token that is not there.
-    D9 (R)  Warm-up as in the paper: 15 epochs from 1e-4. R has 40 from 2e-4.
+Where this code differs from the paper or from the released code, a comment says so with a number
+(D1 to D10). The list is at the end of this file.
 """
 
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -67,14 +48,14 @@ Pair = tuple[int, int]  # (rows, columns), or (height, width)
 Range = tuple[float, float]  # (low, high)
 
 
-def pair(size: int | Pair) -> Pair:
-    """A side as (side, side); a pair as it is."""
+def to_pair(size: int | Pair) -> Pair:
+    """One side as (side, side); a pair unchanged."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def grid_of(img_size: int | Pair, patch_size: int) -> Pair:
-    """Patches down and across an image. Raises ValueError if they do not fill it exactly."""
-    height, width = pair(img_size)
+def patch_grid(img_size: int | Pair, patch_size: int) -> Pair:
+    """Rows and columns of patches. Raises ValueError if patches do not tile the image."""
+    height, width = to_pair(img_size)
     if min(height, width, patch_size) < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"{height}x{width} pixels do not divide into patches of {patch_size}")
     return height // patch_size, width // patch_size
@@ -82,60 +63,63 @@ def grid_of(img_size: int | Pair, patch_size: int) -> Pair:
 
 @dataclass(frozen=True)
 class IJEPAConfig:
-    """The architecture: everything needed to build the three networks. Checked on construction."""
+    """The architecture. Raises ValueError for values that do not fit together."""
 
-    img_size: int | Pair = 224  # pixels; the grid that the positions are scaled to
+    img_size: int | Pair = 224  # pixels
     patch_size: int = 16  # pixels
-    in_chans: int = 3
     embed_dim: int = 768  # D
     depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0  # of the encoder; the predictor's is 4
-    predictor_dim: int = 384  # P: narrow on purpose (Table 14)
-    predictor_depth: int = 6  # 6 for ViT-B, 12 for L and H, 16 for G; deeper is better (Table 12)
-    predictor_heads: int = 12  # as many as the encoder (Appendix A.1)
-    target: str = "representation"  # or "pixels", to see what is lost (Table 7)
-    target_mask: str = "output"  # or "input": the target encoder sees one block alone (Table 11)
-    target_layers: int = 1  # average the last n layers; more than 1 is not in the paper
-    loss: str = "smooth_l1"  # or "l2" (D1)
+    num_heads: int = 12  # of the predictor, too (Appendix A.1)
+    predictor_dim: int = 384  # P: a narrow predictor works better (Table 14)
+    predictor_depth: int = 6  # 6 for ViT-B, 12 for L and H, 16 for G (Table 12)
+    mlp_ratio: float = 4.0  # of the encoder; the predictor's is always 4
+    in_chans: int = 3
     norm_eps: float = 1e-6
-    init_std: float = 0.02  # of all weights; narrow networks do better with 0.64 / sqrt(D)
+    init: str = "normal"  # or "xavier": for small models (D10)
+    target_norm: str = "layer"  # or "whiten": for small models (D10)
+    # Ablations of the paper, see `AblationIJEPA`.
+    loss: str = "smooth_l1"  # or "l2" (D1)
+    target: str = "representation"  # or "pixels" (Table 7)
+    target_mask: str = "output"  # or "input" (Table 11)
 
     def __post_init__(self):
-        grid_of(self.img_size, self.patch_size)
-        for name, allowed in (
-            ("target", ("representation", "pixels")),
-            ("target_mask", ("output", "input")),
-            ("loss", ("smooth_l1", "l2")),
-            ("target_layers", range(1, self.depth + 1)),
-        ):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}: choose one of {[*allowed]}")
-        widths = (self.embed_dim, self.num_heads), (self.predictor_dim, self.predictor_heads)
-        for dim, heads in widths:
-            if min(dim, heads) < 1 or dim % 4 or dim % heads:
-                raise ValueError(f"width {dim} must be divisible by 4 and by its {heads} heads")
-        if self.target == "pixels" and (self.target_layers > 1 or self.target_mask == "input"):
-            raise ValueError("target 'pixels' has no layers to average and no input to mask")
+        patch_grid(self.img_size, self.patch_size)
+        for dim in (self.embed_dim, self.predictor_dim):
+            if dim % 4 or dim % self.num_heads:
+                raise ValueError(
+                    f"width {dim} must be divisible by 4 and by {self.num_heads} heads"
+                )
 
 
-# ------------------------------------------ positions (as released; the paper is silent) and tokens
+SMALL = {"init": "xavier", "target_norm": "whiten"}  # ours, for 32-pixel images (D10)
+MODELS = {
+    #              image patch   D  layers heads  P  layers of the predictor
+    "vit_nano": IJEPAConfig(32, 4, 96, 4, 3, 48, 2, **SMALL),
+    "vit_tiny": IJEPAConfig(32, 4, 192, 12, 3, 96, 4, **SMALL),
+    "vit_small": IJEPAConfig(32, 4, 384, 12, 6, 192, 6, **SMALL),
+    # The paper's (Appendix A.1).
+    "vit_base": IJEPAConfig(224, 16, 768, 12, 12, 384, 6),
+    "vit_large": IJEPAConfig(224, 16, 1024, 24, 16, 384, 12),
+    "vit_huge": IJEPAConfig(224, 14, 1280, 32, 16, 384, 12),
+    "vit_giant": IJEPAConfig(224, 16, 1408, 40, 16, 384, 16, mlp_ratio=48 / 11),
+}
+
+
+# -------------------------------------------------------------------------- positions and tokens
 
 
 def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine positions, (N, dim) float32: half for the column, half for the row.
+    """Fixed 2-D sine-cosine positions (N, dim), float32: half for the column, half for the row.
 
-    A coordinate c becomes sin(c w_i) and cos(c w_i) with w_i = 10000^(-4 i / dim), i < dim / 4.
-    On a grid other than `train_grid` the coordinates are scaled, patch centres onto patch centres,
-    so that the picture keeps its extent (D8). Raises ValueError if 4 does not divide `dim`.
+    A coordinate c becomes sin(c w_i) and cos(c w_i) with w_i = 10000^(-4 i / dim), i < dim / 4,
+    as in the released code; the paper does not say. On a grid other than `train_grid` the
+    coordinates are scaled so that the image keeps its extent (D8). Needs 4 to divide `dim`.
     """
-    if dim % 4:
-        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {dim}")
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     def encode(length: int, train_length: int) -> Tensor:
         centres = torch.arange(length, dtype=torch.float64) + 0.5
-        coordinates = centres * (train_length / length) - 0.5
+        coordinates = centres * (train_length / length) - 0.5  # patch centres onto patch centres
         angles = torch.outer(coordinates, frequencies)  # (length, dim/4)
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, dim/2)
 
@@ -145,16 +129,16 @@ def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Te
     return torch.cat([column, row], dim=1).float()  # (N, dim)
 
 
-def take(tokens: Tensor, idx: Tensor) -> Tensor:
-    """The tokens at the given places: (B, N, D) and (B, K) -> (B, K, D)."""
+def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
+    """Select tokens by patch index: (B, N, D) and (B, K) -> (B, K, D)."""
     return tokens.gather(1, repeat(idx, "b k -> b k d", d=tokens.shape[-1]))
 
 
-# ------------------------------------------------------------------- Vision Transformer (Sec. 3)
+# ---------------------------------------------------------------- Vision Transformer (Section 3)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: every token looks at every other one."""
+    """Multi-head self-attention: every token attends to every token."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -163,13 +147,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
-        qkv = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(*qkv)  # softmax(q k^T / sqrt(d)) v: (B, h, N, D/h)
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v: (B, h, N, D/h)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):
-    """Two layers on each token by itself."""
+    """Two linear layers applied to each token separately."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -181,7 +165,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: each branch reads a normalized copy of x and adds its result to x."""
+    """One transformer layer, pre-norm: each branch adds its output to x."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_eps: float):
         super().__init__()
@@ -195,142 +179,137 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def init_weights(network: nn.Module, blocks: nn.ModuleList, std: float) -> None:
-    """Truncated normal weights, zero biases, and residual branches smaller with depth (D7)."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
+def init_weights(module: nn.Module, init: str) -> None:
+    """Initial weights, zero biases, and residual branches that shrink with depth."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            if init == "xavier":  # scaled by width; 0.02 is too small for narrow models (D10)
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+            else:
+                nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+    blocks = [m for m in module.modules() if isinstance(m, Block)]
     for layer, block in enumerate(blocks, start=1):
-        block.attn.proj.weight.data.div_(math.sqrt(2 * layer))
+        block.attn.proj.weight.data.div_(math.sqrt(2 * layer))  # as BEiT does (D7)
         block.mlp.fc2.weight.data.div_(math.sqrt(2 * layer))
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each to D numbers: a convolution does both."""
+    """Cut the image into patches and project each to D numbers; a strided convolution does both."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H p, W p) -> (B, N, D)
-        # Transposed in memory too, or every layer would go on with strides that are slow.
+        # Contiguous, because every later layer is slower on transposed memory.
         return rearrange(self.proj(images), "b d h w -> b (h w) d").contiguous()
 
 
 class ViT(nn.Module):
     """Vision Transformer without a class token: context encoder and target encoder (Section 3).
 
-    The arguments are fields of `IJEPAConfig`; the parameters have timm's and the released names.
+    Parameter names are those of timm and of the released code.
     """
 
-    def __init__(
-        self, img_size: int | Pair, patch_size: int, embed_dim: int, depth: int, num_heads: int,
-        mlp_ratio: float = 4.0, in_chans: int = 3, norm_eps: float = 1e-6, init_std: float = 0.02,
-    ):  # fmt: skip
+    def __init__(self, config: IJEPAConfig):
         super().__init__()
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-        self.grid = grid_of(img_size, patch_size)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        # A constant, not a parameter: it is neither trained nor stored in checkpoints.
-        self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid), persistent=False)
-        blocks = (Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        init_weights(self, self.blocks, init_std)
-
-    def last_layers(self, images: Tensor, n: int, keep: Tensor | None = None) -> list[Tensor]:
-        """The outputs of the last n layers, each through the last norm; n = 1 is `forward`.
-
-        Args:
-            images: (B, C, H p, W p), any size that divides into patches.
-            keep: (B, K) int64, the patches to look at; all of them if None.
-        Returns:
-            n tensors (B, K, D), or (B, N, D) without `keep`; the deepest layer comes last.
-        """
-        grid, positions = grid_of(images.shape[-2:], self.patch_size), self.pos_embed  # (N, D)
-        if grid != self.grid:
-            positions = sincos_positions(self.embed_dim, grid, self.grid).to(positions)
-        x = self.patch_embed(images) + positions  # (B, N, D)
-        if keep is not None:
-            # After the position is added, so each patch knows its place; before the first block,
-            # so nothing of the hidden patches can leak in, and they cost nothing.
-            x = take(x, keep)  # (B, K, D)
-        if not 1 <= n <= len(self.blocks):
-            raise ValueError(f"the last {n} layers of {len(self.blocks)}: choose 1 or more of them")
-        outputs = []
-        for layer, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if layer > len(self.blocks) - n:
-                outputs.append(self.norm(x))
-        return outputs
+        self.config = c = config
+        self.grid = patch_grid(c.img_size, c.patch_size)
+        self.patch_embed = PatchEmbed(c.patch_size, c.in_chans, c.embed_dim)
+        # A constant: not trained, and not stored in checkpoints.
+        positions = sincos_positions(c.embed_dim, self.grid)  # (N, D)
+        self.register_buffer("pos_embed", positions, persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(c.embed_dim, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.depth)
+        )
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        init_weights(self, c.init)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, C, H p, W p) and optionally (B, K) -> (B, N, D) or (B, K, D)."""
-        return self.last_layers(images, 1, keep)[0]
+        """Encode the patches `keep`, or all of them.
+
+        Args:
+            images: (B, C, H p, W p), float32; any size that patches tile.
+            keep: (B, K) int64, patch indices in row-major order.
+        Returns:
+            (B, K, D), or (B, N, D) without `keep`.
+        """
+        x = self._embed(images)  # (B, N, D)
+        if keep is not None:
+            # After adding positions, so that each patch knows its own. Before the first block,
+            # so that hidden patches cannot leak into the context, and cost nothing.
+            x = gather_tokens(x, keep)  # (B, K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _embed(self, images: Tensor) -> Tensor:  # (B, C, H p, W p) -> (B, N, D)
+        grid, positions = patch_grid(images.shape[-2:], self.config.patch_size), self.pos_embed
+        if grid != self.grid:
+            positions = sincos_positions(self.config.embed_dim, grid, self.grid).to(positions)
+        return self.patch_embed(images) + positions
+
+    def get_intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
+        """Outputs of the last n layers, each through the final norm: n tensors (B, N, D).
+
+        The deepest layer comes last and equals `forward`.
+        """
+        x, outputs = self._embed(images), []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return [self.norm(x) for x in outputs[-n:]]
 
 
 class Predictor(nn.Module):
-    """A narrow ViT: given the context, what are the representations at these places? (Section 3)
+    """A narrow ViT that predicts the representations of target blocks from the context (Sec. 3).
 
-    Each of the M blocks is predicted by itself: context tokens and the block's mask tokens (one
-    learned vector plus a position) go through the layers together, the blocks side by side in the
-    batch, so that no prediction can lean on another block's tokens.
+    Each of the M blocks is predicted separately. Context tokens and the block's mask tokens (one
+    learned vector plus positions) pass through the layers together. Blocks are rows of the batch.
     """
 
-    def __init__(
-        self, grid: Pair, embed_dim: int, predictor_dim: int, depth: int, num_heads: int,
-        out_dim: int | None = None, norm_eps: float = 1e-6, init_std: float = 0.02,
-    ):  # fmt: skip
+    def __init__(self, config: IJEPAConfig):
         super().__init__()
-        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
-        positions = sincos_positions(predictor_dim, grid)
+        c, dim = config, config.predictor_dim
+        pixels = c.patch_size**2 * c.in_chans
+        self.predictor_embed = nn.Linear(c.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = sincos_positions(dim, patch_grid(c.img_size, c.patch_size))  # (N, P)
         self.register_buffer("predictor_pos_embed", positions, persistent=False)
-        blocks = (Block(predictor_dim, num_heads, 4.0, norm_eps) for _ in range(depth))
-        self.predictor_blocks = nn.ModuleList(blocks)
-        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=norm_eps)
-        self.predictor_proj = nn.Linear(predictor_dim, out_dim or embed_dim)
-        init_weights(self, self.predictor_blocks, init_std)
-        nn.init.trunc_normal_(self.mask_token, std=init_std)
+        self.predictor_blocks = nn.ModuleList(
+            Block(dim, c.num_heads, 4.0, c.norm_eps) for _ in range(c.predictor_depth)
+        )
+        self.predictor_norm = nn.LayerNorm(dim, eps=c.norm_eps)
+        self.predictor_proj = nn.Linear(dim, pixels if c.target == "pixels" else c.embed_dim)
+        init_weights(self, c.init)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
         """(B, K, D), (B, K) and (B, M, T) -> predictions (B, M, T, D)."""
-        blocks, target_size = target_idx.shape[1:]
-        # The encoder has mixed content and position, so the predictor says again where each is.
+        num_targets, target_size = target_idx.shape[1:]
+        # Positions are added again: the encoder has mixed them with the content.
         context = self.predictor_embed(context) + self.predictor_pos_embed[context_idx]  # (B, K, P)
         queries = self.mask_token + self.predictor_pos_embed[target_idx]  # (B, M, T, P)
 
-        context = repeat(context, "b k p -> (b m) k p", m=blocks)  # a row per image and block
+        context = repeat(context, "b k p -> (b m) k p", m=num_targets)
         queries = rearrange(queries, "b m t p -> (b m) t p")
-        x = torch.cat([context, queries], dim=1)  # (B M, K+T, P)
+        x = torch.cat([context, queries], dim=1)  # (B M, K + T, P)
         for block in self.predictor_blocks:
             x = block(x)
         x = self.predictor_proj(self.predictor_norm(x[:, -target_size:]))  # (B M, T, D)
-        return rearrange(x, "(b m) t d -> b m t d", m=blocks)
+        return rearrange(x, "(b m) t d -> b m t d", m=num_targets)
 
 
-# ---------------------------------------------------------------- masks (Sec. 3, Fig. 4, App. A.1)
-
-
-# How Table 6 hides parts of an image: number and scale of the targets, scale of the context block,
-# and the context's default size, as a share of the grid at most.
-STRATEGIES = {
-    "multiblock": (4, (0.15, 0.2), (0.85, 1.0), 0.25),  # several blocks: the method
-    "rasterized": (3, (0.25, 0.25), (1.0, 1.0), 0.25),  # three quadrants from the fourth
-    "block": (1, (0.6, 0.6), (1.0, 1.0), 1.0),  # one large block from the rest
-    "random": (1, (0.6, 0.6), (1.0, 1.0), 1.0),  # scattered patches from the rest
-}
+# ------------------------------------------------------- masks (Section 3, Figure 4, Appendix A.1)
 
 
 def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Tensor:
-    """The shapes a block can take, (steps^2, 2) int64 rows of (height, width) in patches.
+    """Every shape that a block can take: (steps^2, 2) int64, height and width in patches.
 
-    One row for each pair of a scale (share of the grid's area) and an aspect ratio (height by
-    width, relative to the grid's own), both evenly spaced over their ranges: to choose a row at
-    random is to draw scale and aspect independently and uniformly (D4). Raises ValueError if a
-    shape does not fit the grid.
+    One row for each pair of a scale (fraction of the grid's area) and an aspect ratio (height over
+    width, relative to the grid's), both evenly spaced. A row drawn at random is a scale and an
+    aspect ratio drawn independently (D4). Raises ValueError if a shape does not fit the grid.
     """
 
     def evenly(low: float, high: float) -> Tensor:
@@ -338,215 +317,227 @@ def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Te
 
     s, a = torch.cartesian_prod(evenly(*scale), evenly(*aspect)).unbind(1)  # (steps^2,) each
     shapes = torch.stack([grid[0] * (s * a).sqrt(), grid[1] * (s / a).sqrt()], dim=1)
-    shapes = shapes.round().clamp(min=1)
+    shapes = shapes.round().clamp(min=1).long()
     if not (shapes <= torch.tensor(grid)).all():
         raise ValueError(
             f"blocks of scale {scale} and aspect {aspect} do not fit a grid of {grid[0]}x{grid[1]}"
         )
-    return shapes.long()
+    return shapes
 
 
 class MaskCollator:
-    """Draws which patches are context and which are targets, for a whole batch at once.
+    """Multi-block masking: draws context and target patches for a whole batch (Section 3).
 
-    Multi-block (Section 3): M rectangles, of one shape per batch, each placed at random; the
-    context is a large block without the targets, reduced at random to K patches (D3 to D6). Sizes
-    are equal within a batch, so that the masks are plain index tensors.
+    The M target blocks have one shape per batch and a position each. The context is a large block
+    minus the targets, reduced at random to K patches. All sizes are equal within a batch, so masks
+    are index tensors.
 
     Args:
         grid: patches, a side or (rows, columns).
-        strategy: one of `STRATEGIES`; the next four default to the strategy's values.
         num_targets: M.
-        target_scale, context_scale: range of a block's area, as a share of the grid.
-        target_aspect: range of height by width, relative to the grid's own.
-        context_size: K; by default what nine in ten draws leave, and for `multiblock` at most a
-            quarter of the grid (the average that Table 6 gives).
+        target_scale, context_scale: area of a block, as a fraction of the grid.
+        target_aspect: height over width of a target, relative to the grid's.
+        context_size: K (D5). Default: the size that nine draws in ten reach beside the largest
+            targets, but at most a quarter of the grid, the paper's average (Table 6).
     Raises:
-        ValueError: for settings that cannot be met on this grid, with the reason.
+        ValueError: the settings cannot be met on this grid; the message says why.
     """
 
+    max_context = 0.25  # of the grid: upper limit of the default K
+
     def __init__(
-        self, grid: int | Pair, strategy: str = "multiblock", num_targets: int | None = None,
-        target_scale: Range | None = None, target_aspect: Range = (0.75, 1.5),
-        context_scale: Range | None = None, context_size: int | None = None,
+        self, grid: int | Pair, num_targets: int = 4, target_scale: Range = (0.15, 0.2),
+        target_aspect: Range = (0.75, 1.5), context_scale: Range = (0.85, 1.0),
+        context_size: int | None = None,
     ):  # fmt: skip
-        if strategy not in STRATEGIES:
-            raise ValueError(f"mask strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        targets, scale, context, share = STRATEGIES[strategy]
-        self.strategy = strategy
-        self.grid = rows, columns = pair(grid)
-        self.num_patches = rows * columns
-        self.num_targets = targets if num_targets is None else num_targets
-        target_scale = target_scale or scale
-        context_scale = context_scale or context
-        if min(rows, columns, self.num_targets) < 1:
-            raise ValueError(f"{self.num_targets} targets on a grid of {rows}x{columns} patches")
-        ranges = {"target_scale": target_scale, "context_scale": context_scale}
-        for name, (low, high) in (ranges | {"target_aspect": target_aspect}).items():
-            if not 0 < low <= high <= (1 if name in ranges else math.inf):
-                raise ValueError(f"{name} {low, high}: need 0 < low <= high, of a scale up to 1")
-
-        if strategy == "rasterized":
-            if rows % 2 or columns % 2 or (self.num_targets, *target_scale) != (3, 0.25, 0.25):
-                raise ValueError("rasterized masks are 3 quadrants of a grid with even sides")
-            self.target_shapes = torch.tensor([[rows // 2, columns // 2]])  # (S, 2)
-        elif strategy == "random":  # scattered patches: only their number matters
-            count = torch.linspace(*target_scale, 32, dtype=torch.float64) * self.num_patches
-            count = count.round().long().clamp(min=1)
-            if self.num_targets * count.max() >= self.num_patches:
-                raise ValueError(f"{self.num_targets} targets of {count.max()} patches hide all")
-            self.target_shapes = torch.stack([torch.ones_like(count), count], dim=1)
-        else:
-            self.target_shapes = block_shapes(self.grid, target_scale, target_aspect)
+        self.grid = to_pair(grid)
+        self.num_patches = math.prod(self.grid)  # N
+        self.num_targets = num_targets
+        if min(*self.grid, num_targets) < 1:
+            raise ValueError(f"{num_targets} targets on a grid of {self.grid} patches")
+        for low, high in (target_scale, context_scale):
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"a block's scale is a range within 0 to 1, not {low} to {high}")
+        self.target_shapes = self._target_shapes(target_scale, target_aspect)  # (S, 2)
         self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
-        self.context_size = self._choose_context_size(context_size, share)
+        self.context_size = self._check_context_size(context_size)  # K
 
-    def _choose_context_size(self, wanted: int | None, share: float) -> int:
-        """K: `wanted`, if at least half of all draws leave it; by default what 9 in 10 leave."""
-        largest = max(self.target_shapes.tolist(), key=math.prod)
-        _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
-        spare = free.sum(1).sort().values  # what 1,000 draws leave beside the largest targets
-        size = min(int(spare[100]), round(share * self.num_patches)) if wanted is None else wanted
-        if not 1 <= size <= spare[500]:
-            raise ValueError(
-                f"a context of {size} patches beside {self.num_targets} targets of up to "
-                f"{largest[0]}x{largest[1]} on a {self.grid[0]}x{self.grid[1]} grid: half of the "
-                f"draws leave {spare[500]} or fewer. Lower the context size, or the targets' scale"
-            )
-        return size
+    def sample(self, batch_size: int, generator: torch.Generator | None = None):
+        """Masks for a batch: `context_idx` (B, K) and `target_idx` (B, M, T), int64 on the CPU.
 
-    def _place(self, height: Tensor | int, width: Tensor | int, size: Pair, generator):
-        """Top left corners of blocks, uniform over all places where they fit (D3)."""
-        top, left = torch.rand(2, *size, generator=generator)
-        rows, columns = self.grid
-        return (top * (rows - height + 1)).long(), (left * (columns - width + 1)).long()
+        Patches are numbered row by row. The same generator state gives the same masks.
+        """
+        pick = torch.randint(len(self.target_shapes), (1,), generator=generator)
+        shape = self.target_shapes[pick.item()].tolist()
+        target_idx, free = self._draw(batch_size, shape, generator)
+        # Draw again where fewer than K patches are left (D6): at most half in each round.
+        while len(redo := (free.sum(1) < self.context_size).nonzero()[:, 0]):
+            target_idx[redo], free[redo] = self._draw(len(redo), shape, generator)
+        # K of the free patches, every subset equally likely (D5).
+        lottery = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
+        context_idx = lottery.topk(self.context_size, sorted=False).indices.sort().values
+        return context_idx, target_idx
 
-    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
-        """Target blocks of one shape, (B, M, T)."""
-        columns, size = self.grid[1], (batch, self.num_targets)
-        if self.strategy == "random":
-            order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
-            return order[:, : self.num_targets * width].view(*size, width)
-        if self.strategy == "rasterized":
-            quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
-            top, left = quadrant // 2 * height, quadrant % 2 * width
-        else:
-            top, left = self._place(height, width, size, generator)  # (B, M) each
-        inside = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
-        return (top * columns + left)[..., None] + inside.flatten()  # (B, M, T)
+    def __call__(self, samples: list) -> tuple:
+        """The `collate_fn` of a DataLoader: (collated samples, context_idx, target_idx)."""
+        return default_collate(samples), *self.sample(len(samples))
 
     def _draw(self, batch: int, shape: list[int], generator) -> tuple[Tensor, Tensor]:
-        """Targets (B, M, T), and the patches of the context block that they leave, (B, N) bool."""
-        targets = self._targets(batch, *shape, generator)
+        """Targets (B, M, T), and which patches of a context block they leave, (B, N) bool."""
+        target_idx = self._targets(batch, *shape, generator)
         pick = torch.randint(len(self.context_shapes), (batch, 1), generator=generator)
         height, width = self.context_shapes[pick].unbind(-1)  # (B, 1) each
-        top, left = self._place(height, width, (batch, 1), generator)
+        top, left = self._corners(height, width, (batch, 1), generator)
         row, column = torch.arange(self.grid[0]), torch.arange(self.grid[1])
         in_rows = (row >= top) & (row < top + height)  # (B, H)
         in_columns = (column >= left) & (column < left + width)  # (B, W)
         free = (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)  # (B, N)
-        return targets, free.scatter_(1, targets.flatten(1), False)
+        return target_idx, free.scatter_(1, target_idx.flatten(1), False)
 
-    def sample(self, batch_size: int, generator: torch.Generator | None = None):
-        """Masks for a batch: `context_idx` (B, K) and `target_idx` (B, M, T), int64, on the CPU.
+    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
+        """M blocks of one shape in each image, (B, M, T)."""
+        top, left = self._corners(height, width, (batch, self.num_targets), generator)
+        return self._block_patches(top, left, height, width)
 
-        Indices count patches row by row. The same generator state gives the same masks.
-        """
-        pick = int(torch.randint(len(self.target_shapes), (1,), generator=generator))
-        shape = self.target_shapes[pick].tolist()
-        targets, free = self._draw(batch_size, shape, generator)
-        for _ in range(1000):  # about half of them at the least succeed in each round
-            failed = (free.sum(1) < self.context_size).nonzero()[:, 0]
-            if not len(failed):
-                break
-            targets[failed], free[failed] = self._draw(len(failed), shape, generator)
-        else:
-            raise RuntimeError(f"no masks with {self.context_size} context patches in 1000 draws")
-        return self._reduce(free, generator), targets
+    def _corners(self, height, width, size: Pair, generator) -> tuple[Tensor, Tensor]:
+        """Top left corners of blocks, uniform over all positions where they fit (D3)."""
+        top, left = torch.rand(2, *size, generator=generator)
+        rows, columns = self.grid
+        return (top * (rows - height + 1)).long(), (left * (columns - width + 1)).long()
 
-    def _reduce(self, free: Tensor, generator) -> Tensor:
-        """K of the free patches, every subset equally likely: (B, N) bool -> (B, K)."""
-        lottery = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
-        return lottery.topk(self.context_size, sorted=False).indices.sort().values
+    def _block_patches(self, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+        """Corners (B, M) -> patch indices of the blocks (B, M, T), T = height * width."""
+        columns = self.grid[1]
+        offsets = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
+        return (top * columns + left)[..., None] + offsets.flatten()
 
-    def __call__(self, samples: list) -> tuple:
-        """As a DataLoader's `collate_fn`: (collated samples, context_idx, target_idx)."""
-        return default_collate(samples), *self.sample(len(samples))
+    def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
+        return block_shapes(self.grid, scale, aspect)
+
+    def _check_context_size(self, wanted: int | None) -> int:
+        """K: `wanted` if at least half of the draws reach it; otherwise the default."""
+        largest = max(self.target_shapes.tolist(), key=math.prod)
+        _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
+        left = free.sum(1).sort().values  # (1000,) patches left beside the largest targets
+        size = wanted or min(int(left[100]), round(self.max_context * self.num_patches))
+        if not 1 <= size <= left[500]:
+            raise ValueError(
+                f"a context of {size} patches beside {self.num_targets} targets of "
+                f"{largest[0]}x{largest[1]} on a {self.grid[0]}x{self.grid[1]} grid: half of the "
+                f"draws leave {left[500]} or fewer. Lower the context size or the targets' scale"
+            )
+        return size
 
 
-# ------------------------------------------------------------------------- the method (Section 3)
+# ------------------------------------------------------------------------ the method (Section 3)
 
 
 class IJEPA(nn.Module):
-    """Context encoder, predictor and target encoder, and the loss between them."""
+    """Context encoder, predictor, target encoder, and the loss."""
 
     def __init__(self, config: IJEPAConfig):
         super().__init__()
-        self.config = c = config
-        widths = (c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)
-        self.encoder = ViT(c.img_size, c.patch_size, *widths, c.in_chans, c.norm_eps, c.init_std)
-        widths = (c.predictor_dim, c.predictor_depth, c.predictor_heads)
-        out_dim = c.patch_size**2 * c.in_chans if c.target == "pixels" else c.embed_dim
-        self.predictor = Predictor(
-            self.encoder.grid, c.embed_dim, *widths, out_dim, c.norm_eps, c.init_std
-        )
-        # Starts as a copy, then follows slowly (`update_target`); it is never trained itself.
+        self.config = config
+        self.encoder = ViT(config)
+        self.predictor = Predictor(config)
+        # The target encoder starts as a copy and follows by EMA; it has no gradient of its own.
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-
-    @torch.no_grad()  # otherwise a constant output would be the easiest solution
-    def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
-        """What there is to predict: (B, C, H p, W p) and (B, M, T) -> (B, M, T, D).
-
-        The target encoder sees the whole image, and blocks are cut from its *output*: each target
-        knows what surrounds it (Section 3, Table 11).
-        """
-        blocks, n = target_idx.shape[1], self.config.target_layers
-        if self.config.target == "pixels":
-            p = self.config.patch_size
-            layers = [rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)]
-        elif self.config.target_mask == "output":
-            layers = self.target_encoder.last_layers(images, n)  # each (B, N, D)
-        else:  # one pass for each block, which is all that it sees (Appendix C)
-            copies = images.repeat_interleave(blocks, dim=0)  # (B M, C, H p, W p)
-            layers = self.target_encoder.last_layers(copies, n, keep=target_idx.flatten(0, 1))
-        # Without learned scale and shift: a target cannot be made easy by making it small.
-        x = torch.stack([F.layer_norm(x, x.shape[-1:]) for x in layers]).mean(0)
-        if self.config.target_mask == "input":
-            return rearrange(x, "(b m) t d -> b m t d", m=blocks)
-        return take(x, target_idx.flatten(1)).unflatten(1, target_idx.shape[1:])  # (B, M, T, D)
-
-    def predictions(self, images: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
-        """The predictor's answer from the context alone, (B, M, T, D)."""
-        context = self.encoder(images, keep=context_idx)  # (B, K, D)
-        return self.predictor(context, context_idx, target_idx)
+        if config.target_norm == "layer":
+            # Without learned scale and shift, or the targets could shrink to make the loss small.
+            self.target_norm = nn.LayerNorm(config.embed_dim, elementwise_affine=False)  # (D1)
+        else:
+            self.target_norm = Whitening(math.prod(self.encoder.grid), config.embed_dim)
 
     def forward(self, images: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
-        """The loss of Section 3, a scalar: images (B, C, H p, W p), masks (B, K) and (B, M, T)."""
-        targets = self.targets(images, target_idx)
-        predictions = self.predictions(images, context_idx, target_idx)
-        distance = F.smooth_l1_loss if self.config.loss == "smooth_l1" else F.mse_loss
-        return distance(predictions.float(), targets.float())
+        """The loss (Section 3), a scalar: images (B, C, H p, W p), masks (B, K) and (B, M, T)."""
+        targets = self.targets(images, target_idx)  # (B, M, T, D)
+        context = self.encoder(images, keep=context_idx)  # (B, K, D)
+        predictions = self.predictor(context, context_idx, target_idx)  # (B, M, T, D)
+        return self.distance(predictions.float(), targets.float())
+
+    @torch.no_grad()  # otherwise a constant representation would minimize the loss
+    def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
+        """Representations to predict: (B, C, H p, W p) and (B, M, T) -> (B, M, T, D).
+
+        The target encoder sees the whole image and blocks are cut from its *output*, so that a
+        target knows its surroundings (Section 3, Table 11).
+        """
+        x = self.target_norm(self.target_encoder(images))  # (B, N, D)
+        x = gather_tokens(x, target_idx.flatten(1))  # (B, M T, D)
+        return rearrange(x, "b (m t) d -> b m t d", m=target_idx.shape[1])
+
+    def distance(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Smooth L1, averaged over all elements (D1)."""
+        return F.smooth_l1_loss(predictions, targets)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """target <- momentum * target + (1 - momentum) * encoder, after each optimizer step."""
+        """EMA after each optimizer step: target <- momentum * target + (1 - momentum) * encoder."""
         pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
         for target, online in pairs:
             target.lerp_(online, 1 - momentum)
+        if isinstance(self.target_norm, Whitening):
+            self.target_norm.update()
 
 
-# ------------------------------------------------------------ schedules and optimizer (App. A.1)
-# Functions of the step alone, counted from 0, so that resuming needs only the step.
+class Whitening(nn.Module):
+    """Targets that hold only content: centred per position and decorrelated (D10).
+
+    x -> (x - mean[position]) (covariance + shrinkage)^(-1/2), with running statistics of the
+    target encoder's output over images. The mean of each position is what the predictor could say
+    without looking at the image. Whitening then gives rare directions the weight of common ones.
+    """
+
+    def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
+        super().__init__()
+        self.rate, self.shrinkage = rate, shrinkage
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(num_patches, dim))
+        self.register_buffer("covariance", torch.eye(dim))
+        self.register_buffer("matrix", torch.eye(dim))  # covariance^(-1/2)
+        # Sums over the micro-batches of this step: of x, of its products, and of images.
+        self.register_buffer(
+            "sums", torch.zeros(num_patches * dim + dim * dim + 1), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        x = x.float() - self.mean
+        if self.training:
+            products = torch.einsum("bnd,bne->de", x, x)
+            self.sums += torch.cat([x.sum(0).flatten(), products.flatten(), x.new_tensor([len(x)])])
+        return x @ self.matrix
+
+    def update(self) -> None:
+        """Once per optimizer step, after all micro-batches; the same on every process."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        (num_patches, dim), count = self.mean.shape, self.sums[-1]
+        shift, products = (self.sums[:-1] / count).split([num_patches * dim, dim * dim])
+        shift = shift.view(num_patches, dim)  # of the batch mean against the running mean
+        covariance = (products.view(dim, dim) - shift.T @ shift) / num_patches
+        self.sums.zero_()
+        self.step += 1
+        rate = max(self.rate, 1 / self.step.item())
+        self.mean += rate * shift
+        self.covariance.lerp_(covariance, rate)
+        if self.step <= 20 or self.step % 10 == 0:  # the inverse root is the expensive part
+            values, vectors = torch.linalg.eigh(self.covariance)
+            values = values + self.shrinkage * values.mean()
+            self.matrix.copy_((vectors * values.rsqrt()) @ vectors.T)
+
+
+# ------------------------------------------------------------------- schedules (Appendix A.1)
+# Functions of the step alone, counted from 0. Resuming needs no state but the step.
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """From `start` to `end` along half a cosine, as `progress` goes from 0 to 1."""
+    """From `start` to `end` along half a cosine while `progress` goes from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def learning_rate(step: int, total: int, warmup: int, start: float, peak: float, final: float):
     """Linear from `start` to `peak` over `warmup` steps, then along a cosine to `final`."""
-    done = step + 1  # the last step of the warm-up runs at the peak, the last of all at the end
+    done = step + 1  # the last warm-up step runs at `peak`, the last step of all at `final`
     if done < warmup:
         return start + (peak - start) * done / warmup
     return cosine(peak, final, (done - warmup) / max(1, total - warmup))
@@ -558,12 +549,12 @@ def weight_decay(step: int, total: int, start: float, end: float) -> float:
 
 
 def target_momentum(step: int, total: int, start: float, end: float) -> float:
-    """Linear from `start` to `end`, where the target encoder stops moving."""
+    """Linear from `start` to `end`."""
     return start + (end - start) * step / total
 
 
 def parameter_groups(model: IJEPA) -> list[dict]:
-    """For AdamW: matrices and the mask token decay, biases and norms do not."""
+    """For AdamW: matrices and the mask token decay; biases and norms do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "decays": True},
@@ -571,57 +562,117 @@ def parameter_groups(model: IJEPA) -> list[dict]:
     ]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Learning rate and weight decay of the coming step."""
-    for group in optimizer.param_groups:
-        group.update(lr=lr, weight_decay=weight_decay if group["decays"] else 0.0)
+# ------------------------------------------------------------------- ablations of the paper
+# Not the method: what the paper compares it with. `build_model` and `build_masks` choose.
 
 
-# --------------------------------------------------------------------------- models and recipes
+class AblationIJEPA(IJEPA):
+    """Other losses and targets: the fields `loss`, `target` and `target_mask` of the config."""
+
+    def __init__(self, config: IJEPAConfig):
+        super().__init__(config)
+        if (config.target, config.target_mask) != ("representation", "output"):
+            self.target_norm = nn.LayerNorm(config.embed_dim, elementwise_affine=False)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
+        """(B, C, H p, W p) and (B, M, T) -> (B, M, T, D), or (B, M, T, p p C) for pixels."""
+        c, num_targets = self.config, target_idx.shape[1]
+        if c.target == "pixels":  # of each patch, normalized (Table 7)
+            p = c.patch_size
+            x = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)  # (B, N, p p C)
+            x = gather_tokens(F.layer_norm(x, x.shape[-1:]), target_idx.flatten(1))
+            return rearrange(x, "b (m t) d -> b m t d", m=num_targets)
+        if c.target_mask == "output":
+            return super().targets(images, target_idx)
+        # The target encoder sees one block alone (Table 11).
+        images = images.repeat_interleave(num_targets, dim=0)  # (B M, C, H p, W p)
+        x = self.target_encoder(images, keep=target_idx.flatten(0, 1))  # (B M, T, D)
+        return rearrange(self.target_norm(x), "(b m) t d -> b m t d", m=num_targets)
+
+    def distance(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        distance = F.mse_loss if self.config.loss == "l2" else F.smooth_l1_loss
+        return distance(predictions, targets)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained unless told otherwise. Defaults: Appendix A.1, epochs of Table 1."""
+class RandomMasks(MaskCollator):
+    """Scattered patches: one target of `target_scale`, the context from the rest (Table 6)."""
 
-    data: str = "imagenet"
-    batch_size: int = 2048  # images per optimizer step
-    epochs: int = 300
-    warmup_epochs: float = 15
-    start_lr: float = 1e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    momentum: float = 0.996  # of the target encoder
-    final_momentum: float = 1.0
-    crop_scale: tuple[float, float] = (0.3, 1.0)  # random resized crops; no flip, as released
-    flip: bool = False
+    max_context = 1.0
+
+    def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
+        count = (torch.linspace(*scale, 32, dtype=torch.float64) * self.num_patches).round().long()
+        return torch.stack([torch.ones_like(count), count.clamp(min=1)], dim=1)
+
+    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
+        order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
+        return order[:, : self.num_targets * width].view(batch, self.num_targets, width)
 
 
-class Model(NamedTuple):
-    config: IJEPAConfig
-    recipe: Recipe
+class BlockMasks(MaskCollator):
+    """One large block is the target (Table 6)."""
+
+    max_context = 1.0
 
 
-def _model(img, patch, dim, depth, heads, p_dim, p_depth, recipe, **more) -> Model:
-    predictor = {"predictor_dim": p_dim, "predictor_depth": p_depth, "predictor_heads": heads}
-    return Model(IJEPAConfig(img, patch, 3, dim, depth, heads, **predictor, **more), recipe)
+class RasterizedMasks(MaskCollator):
+    """Three quadrants of the image are predicted from the fourth (Table 6)."""
+
+    def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
+        if any(side % 2 for side in self.grid) or self.num_targets != 3:
+            raise ValueError("rasterized masks are 3 quadrants of a grid with even sides")
+        return torch.tensor([[self.grid[0] // 2, self.grid[1] // 2]])
+
+    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
+        quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
+        return self._block_patches(quadrant // 2 * height, quadrant % 2 * width, height, width)
 
 
-# Not from a paper: our own.
-_NANO = Recipe("shapes", 64, 5, 0.25, final_lr=1e-5, final_weight_decay=0.04,
-               momentum=0.997, crop_scale=(1.0, 1.0), flip=True)  # fmt: skip
-_CIFAR = Recipe("cifar10", batch_size=512)
-
-MODELS = {
-    #                  image patch     D layers heads    P layers
-    "vit_nano": _model(48, 8, 96, 4, 3, 48, 2, _NANO, init_std=0.06),
-    "vit_tiny": _model(32, 4, 192, 12, 3, 96, 4, _CIFAR, init_std=0.046),
-    "vit_small": _model(32, 4, 384, 12, 6, 192, 6, _CIFAR, init_std=0.033),
-    "vit_base": _model(224, 16, 768, 12, 12, 384, 6, Recipe(epochs=600)),
-    "vit_large": _model(224, 16, 1024, 24, 16, 384, 12, Recipe(epochs=600)),
-    "vit_huge": _model(224, 14, 1280, 32, 16, 384, 12, Recipe(epochs=300)),
-    # The paper trains it on ImageNet-22k, as long as 600 epochs of ImageNet-1k (Table 5).
-    "vit_giant": _model(224, 16, 1408, 40, 16, 384, 16, Recipe(epochs=600), mlp_ratio=48 / 11),
+STRATEGIES = {  # of Table 6: class, number of targets, scale of targets and of the context block
+    "multiblock": (MaskCollator, 4, (0.15, 0.2), (0.85, 1.0)),
+    "rasterized": (RasterizedMasks, 3, (0.25, 0.25), (1.0, 1.0)),
+    "block": (BlockMasks, 1, (0.6, 0.6), (1.0, 1.0)),
+    "random": (RandomMasks, 1, (0.6, 0.6), (1.0, 1.0)),
 }
+
+
+def build_masks(
+    grid: int | Pair, strategy: str = "multiblock", num_targets: int | None = None,
+    target_scale: Range | None = None, context_scale: Range | None = None, **more,
+) -> MaskCollator:  # fmt: skip
+    """The collator of a strategy; what is None takes the strategy's value (Table 6)."""
+    collator, targets, scale, context = STRATEGIES[strategy]
+    return collator(
+        grid, num_targets or targets, target_scale or scale,
+        context_scale=context_scale or context, **more,
+    )  # fmt: skip
+
+
+def build_model(config: IJEPAConfig) -> IJEPA:
+    """`IJEPA`, or `AblationIJEPA` if the config asks for anything that the method does not do."""
+    method = (config.loss, config.target, config.target_mask)
+    default = method == ("smooth_l1", "representation", "output")
+    return IJEPA(config) if default else AblationIJEPA(config)
+
+
+# --------------------------------------------------------------------------------- differences
+# From the paper (P) and from the code its authors released (R), on purpose:
+#
+# D1  (P)   Targets are LayerNormed and the loss is smooth L1, averaged over all elements, as in R.
+#           The paper sums squared differences and does not normalize. `loss="l2"` squares.
+# D2  (P)   Weight decay follows a cosine, as in R; the paper says "linearly".
+# D3  (R)   Blocks are placed uniformly over the whole grid. In R the last row and column are never
+#           context or target, and the context block always starts in the top left corner.
+# D4  (R)   Scale and aspect ratio of a block are independent. R derives both from one number.
+# D5  (P,R) The context has K patches whatever the batch size; patches above K are dropped at
+#           random. R cuts all masks of a batch to the shortest and keeps the first patches in
+#           raster order, so the context loses its lower part, and more so in larger batches.
+# D6  (R)   Context and targets never overlap; an image whose targets leave fewer than K patches is
+#           drawn again (this slightly favours overlapping targets). R gives up after 20 draws.
+# D7  (R)   Output weights of the branches of layer l are divided by sqrt(2 l). R does so, too, but
+#           then initializes a second time without.
+# D8  (R)   Positions are computed for the grid at hand, so other image sizes and non-square images
+#           work. R interpolates, assuming a class token that does not exist.
+# D9  (R)   Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). R: 40 epochs from 2e-4.
+# D10 (P,R) Small models on 32-pixel images (`SMALL`): targets are whitened and the patch embedding
+#           starts with Xavier weights. Measured in `results/README.md`.

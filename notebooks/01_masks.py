@@ -9,336 +9,268 @@
 # ---
 
 # %% [markdown]
-# # 1. Masks: what is hidden, and what is left
+# # 1. Masks: what the network sees and what it predicts
 #
-# **I-JEPA** (Image-based Joint-Embedding Predictive Architecture,
-# [the paper](https://arxiv.org/abs/2301.08243)) learns from pictures without labels. It hides
-# blocks of a picture and predicts them from the rest: not their pixels, but their
-# **representation**, the vectors that a second network, which sees the whole picture, makes of
-# them. Such a vector may leave out what nobody can foretell, like the exact texture of grass. That
-# is the idea (Section 1; Table 7: 66.9 % accuracy, and 40.7 % with pixels). The networks come in
-# notebook 2.
+# **I-JEPA** learns from images without labels
+# ([Assran et al., CVPR 2023](https://arxiv.org/abs/2301.08243)). It hides parts of an image and
+# predicts them from the rest. It does not predict pixels. It predicts *representations*: vectors
+# that a second network computes from the whole image.
 #
-# Here are the masks. Much depends on *what is hidden*: in Table 6 a linear classifier that reads
-# the learned vectors is right in 15.5 to 54.2 % of the cases, and only the masks differ.
-#
-# A picture is cut into a grid of **patches**. For each picture are drawn (Section 3, "Targets" and
-# "Context", and Appendix A.1):
-#
-# - **targets**: $M = 4$ blocks $B_1, \dots, B_4$, each 15 to 20 % of the picture, 0.75 to 1.5 times
-#   as high as wide. They may overlap. Their representations are to be predicted.
-# - **context**: one block $B_x$ of 85 to 100 % of the picture, *without* the patches of the
-#   targets, thinned out to a quarter of the picture (the average in Table 6). It is all that the
-#   network in training, the context encoder, sees.
+# The masks decide which patches are hidden. In this notebook we draw them by hand, as the paper
+# describes them, and then with the class `MaskCollator` of `ijepa.py`. Notebook 2 follows one image
+# through the networks.
 
 # %%
-import classroom
+import math
+import random
+import sys
 
-classroom.begin()
-
-# %%
+import ipywidgets
 import matplotlib.pyplot as plt
 import torch
+from torchvision.io import decode_image
 
-from data import generator_for, load_data
-from ijepa import STRATEGIES, MaskCollator, block_shapes
+sys.path.insert(0, "..")  # ijepa.py is in the parent folder
+import drawing
 
-# %% [markdown]
-# The pictures are drawn by the computer (`shapes`): one to four objects, each filled with one of
-# eight patterns, under patches of light and film grain (`clutter`). To see your own, set `PICTURES`
-# to a folder that has `train/<class>/<picture>`, or to `"cifar10"`, which is downloaded once if it
-# is not there.
+from ijepa import MaskCollator, build_masks
 
-# %%
-PICTURES = "shapes"
-GRID = (14, 14)  # patches, as in the paper; there 224 pixels / 16, here 112 / 8
-
-more = {"count": 8, "clutter": 0.4} if PICTURES == "shapes" else {}
-pictures = load_data(PICTURES, img_size=112, **more).centre(torch.arange(3))  # (3, 3, 112, 112)
-pictures.shape
+drawing.style()
+names = ("chelsea", "astronaut", "coffee", "temple")
+photos = torch.stack([decode_image(f"images/{name}.jpg") for name in names])  # (4, 3, 224, 224)
 
 # %% [markdown]
-# ## Blocks on pictures (Figure 4)
+# ## The method in one figure
 #
-# `MaskCollator` draws the masks of a whole batch. It returns the *numbers* of patches, counted row
-# by row: the context as $(B, K)$, the targets as $(B, M, T)$, for $B$ pictures, $K$ context patches
-# and $T$ patches in a target block.
+# Read the upper row first. The **context encoder** sees only the context. The **predictor** is told
+# where each hidden block lies, and predicts its representation. The lower row computes the answer:
+# the **target encoder** sees the whole image, and the four blocks are cut out of its *output*. The
+# loss is the distance between the two. Gradients train the blue boxes. The target encoder is not
+# trained; it is a moving average (EMA) of the context encoder.
 
 # %%
-masks = MaskCollator(GRID)
-context, targets = masks.sample(len(pictures), generator_for("figure 4"))
-print("context", tuple(context.shape), "targets", tuple(targets.shape))
-
-figure, axes = plt.subplots(3, 6, figsize=(12, 6.5))
-for row, picture in enumerate(pictures):
-    titles = ["picture", "context", *(f"target {i + 1}" for i in range(4))]
-    seen = [None, context[row], *targets[row]]
-    for axis, idx, title in zip(axes[row], seen, titles, strict=True):
-        colour = (
-            None if idx is None else classroom.BLUE if title == "context" else classroom.VERMILION
-        )
-        classroom.show(axis, picture, idx, GRID, title if row == 0 else "", colour)
-
-# %%
-for one, blocks in zip(context, targets, strict=True):
-    assert not torch.isin(one, blocks).any()  # context and targets never overlap
-assert context.shape[1] == round(0.25 * 14 * 14)  # a quarter of the picture (Table 6, "Avg. Ratio")
+drawing.method(photos[0])
 
 # %% [markdown]
-# The context looks like a sieve. After the targets are cut out, some 45 % of the patches are left,
-# and $K$ of them (a quarter) are kept at random, so that all pictures of a batch have equally many,
-# and the batch is a plain tensor.
+# ## An image becomes a grid of patches
 #
-# > **Question.** A target block is a rectangle and not a scatter of patches. What would a network
-# > have to know to fill in a single missing patch, when it sees the patches around it?
+# Our photographs have 224 x 224 pixels. A patch has 16 x 16 pixels. That gives a grid of 14 x 14,
+# or 196 patches, numbered row by row from 0 to 195. A mask is a list of these numbers.
+
+# %%
+drawing.row(photos, titles=names)
 
 # %% [markdown]
+# ## One block in six lines
+#
+# A target block covers 15 to 20 % of the image. Its height is 0.75 to 1.5 times its width. Its
+# position is random (Section 3, "Targets").
+
+
+# %%
+def sample_block(scale_range, aspect_range):
+    scale = random.uniform(*scale_range)  # fraction of the image area
+    aspect = random.uniform(*aspect_range)  # height / width
+    height = round(14 * math.sqrt(scale * aspect))  # in patches
+    width = round(14 * math.sqrt(scale / aspect))
+    top = random.randint(0, 14 - height)
+    left = random.randint(0, 14 - width)
+    return torch.arange(196).view(14, 14)[top : top + height, left : left + width].flatten()
+
+
+random.seed(0)
+block = sample_block((0.15, 0.2), (0.75, 1.5))
+print(f"{len(block)} patches, {len(block) / 196:.1%} of the image: {block.tolist()}")
+drawing.row(photos[[0, 0]], [None, block], drawing.TARGETS[0], ["the image", "one target block"])
+
+# %% [markdown]
+# ## Four targets, and a context without them
+#
+# The paper draws **four** target blocks. They may overlap. Then it draws one large square block of
+# 85 to 100 % of the image and removes the targets from it. The rest is the **context**. If the
+# targets stayed in the context, there would be nothing left to predict.
+#
+# The next figure is Figure 4 of the paper, with our photographs.
+
+
+# %%
+def sample_masks():
+    targets = [sample_block((0.15, 0.2), (0.75, 1.5)) for _ in range(4)]
+    large_block = sample_block((0.85, 1.0), (1.0, 1.0))
+    return large_block[~torch.isin(large_block, torch.cat(targets))], targets  # context, targets
+
+
+random.seed(1)
+contexts, targets = zip(*[sample_masks() for _ in photos], strict=True)
+colors = ["black", drawing.CONTEXT, *drawing.TARGETS]
+for photo, context, blocks in zip(photos, contexts, targets, strict=True):
+    titles = ["", f"context: {len(context)}", *(f"target {i + 1}" for i in range(4))]
+    drawing.row([photo] * 6, [None, context, *blocks], colors, titles)
+
+# %% [markdown]
+# > **Question.** A target is a rectangle. Why not single patches scattered over the image? What
+# > would the network have to know to fill in one patch, if it sees all patches around it?
+#
+# ## Contexts differ in size, and a batch needs one size
+#
+# The numbers above the contexts all differ. A batch is one tensor, so all its contexts need the
+# same number of patches, *K*. How large can *K* be? We draw 2,000 contexts and count.
+
+# %%
+sizes = [len(sample_masks()[0]) for _ in range(2000)]
+mean = sum(sizes) / len(sizes)
+print(f"mean {mean:.0f} of 196 patches ({mean / 196:.0%}), smallest {min(sizes)}")
+
+figure, axis = plt.subplots(figsize=(12, 4))
+axis.hist(sizes, bins=range(20, 150, 2), color=drawing.CONTEXT)
+axis.axvline(49, color=drawing.VERMILION, linestyle="--", label="a quarter: 49 (Table 6)")
+axis.set(xlabel="context patches of an image", ylabel="images (of 2,000)")
+legend = axis.legend(frameon=False)
+
+# %% [markdown]
+# We get 46 % of the image on average. The paper reports 0.25, a quarter (Table 6). It also says
+# that all contexts on one GPU are restricted to the same size (Appendix A.1). The released code
+# cuts them to the *smallest* context of the batch. Exercise 2 shows what that does to the average.
+#
+# ## What our `MaskCollator` does: *K* patches at random
+#
+# **This step is ours, not the paper's** (D5 in `ijepa.py`). We fix *K* at a quarter of the image,
+# 49 patches, and keep 49 of the context patches at random. If fewer are left, we draw new blocks.
+# So *K* does not depend on the batch size, and all parts of the context are treated alike.
+#
+# It changes Figure 4: our context has holes, also where no target lies.
+
+# %%
+masks = MaskCollator(14)
+context_idx, target_idx = masks.sample(4, torch.Generator().manual_seed(0))
+print("context_idx", tuple(context_idx.shape), " = B images, K patches")
+print("target_idx ", tuple(target_idx.shape), "= B images, M targets, T patches each")
+
+ours = [context[torch.randperm(len(context))[: masks.context_size]] for context in contexts]
+drawing.row(photos, contexts, drawing.CONTEXT, [f"paper: {len(c)} patches" for c in contexts])
+drawing.row(photos, ours, drawing.CONTEXT, [f"ours: {len(c)} patches" for c in ours])
+
+# %% [markdown]
+# `masks.sample(4)` draws the masks of a batch of four images. All targets of a batch have the same
+# height and width, so that they fit in one tensor. Their positions differ.
+#
 # ## Four strategies (Table 6)
 #
-# The accuracies are the paper's: a linear classifier on 1 % of the labels of ImageNet, ViT-B/16.
-
-# %%
-PAPER = {"multiblock": 54.2, "rasterized": 15.5, "block": 20.2, "random": 17.6}  # Top-1 in %
-
-figure, axes = plt.subplots(2, 4, figsize=(12, 6.8))
-for column, strategy in enumerate(STRATEGIES):
-    sampler = MaskCollator(GRID, strategy)
-    seen, hidden = sampler.sample(1, generator_for(strategy))
-    share = sampler.context_size / sampler.num_patches
-    title = f"{strategy} (paper: {PAPER[strategy]} %)\ncontext: {share:.0%}"
-    classroom.show(axes[0, column], pictures[1], seen[0], GRID, title, classroom.BLUE)
-    title = f"targets: {hidden.shape[1]} x {hidden.shape[2]}"
-    classroom.show(axes[1, column], pictures[1], hidden.unique(), GRID, title, classroom.VERMILION)
-
-# %% [markdown]
-# `random` hides as much as `block`, but each hidden patch has visible ones beside it that look like
-# it: it can be copied from next door. `rasterized` shows one quarter, from which the opposite one
-# cannot be known. `multiblock` hides pieces that are large enough to mean something, and shows
-# patches on several sides of them.
-
-# %% [markdown]
-# ## Coverage: who is seen how often?
+# The paper compares four ways to choose masks. The upper row shows the context, the lower row the
+# *M* targets. The percentages are the paper's: ImageNet accuracy of a linear classifier trained on
+# 1 % of the labels, after pretraining a ViT-B/16 for 300 epochs. Only the masks differ.
 #
-# The heat maps count, over 4,096 draws, how often each patch is in the context, and how often in at
-# least one target.
-
+# > **Question.** Cover the numbers. Which strategy is the hardest task? Which one teaches most?
 
 # %%
-def coverage(strategy: str) -> torch.Tensor:
-    """How often each patch is context, and how often a target: (2, H, W) shares."""
-    sampler = MaskCollator(GRID, strategy)
-    generator = generator_for("coverage", strategy)
-    total = torch.zeros(2, sampler.num_patches)
-    for _ in range(64):  # many batches: all blocks of one batch have the same shape
-        for kind, idx in enumerate(sampler.sample(64, generator)):
-            total[kind] += (
-                torch.zeros(64, sampler.num_patches).scatter_(1, idx.flatten(1), 1).sum(0)
-            )
-    return (total / 4096).view(2, *GRID)
-
-
-covered = {strategy: coverage(strategy) for strategy in STRATEGIES}
-figure, axes = plt.subplots(2, 4, figsize=(12, 6.2))
-for column, (strategy, shares) in enumerate(covered.items()):
-    for row, (share, kind) in enumerate(zip(shares, ("context", "a target"), strict=True)):
-        image = axes[row, column].imshow(100 * share, cmap="cividis", vmin=0, vmax=100)
-        axes[row, column].set(xticks=[0, 13], yticks=[0, 13])
-        axes[row, column].set_title(f"{strategy}: {kind}", fontsize=13)
-axes[1, 0].set(xlabel="column of patches", ylabel="row of patches")
-bar = figure.colorbar(image, ax=axes, label="of all draws (%)")
-
-# %%
-context_share, target_share = covered["multiblock"]
-assert context_share.min() > 0.03 and target_share.min() > 0.02  # every patch gets a turn
-assert target_share[6:8, 6:8].mean() > 3 * target_share[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
-assert (target_share - target_share.flip(1)).abs().max() < 0.06  # left and right alike
-assert (target_share - target_share.flip(0)).abs().max() < 0.06  # top and bottom alike
+paper = {"multiblock": 54.2, "rasterized": 15.5, "block": 20.2, "random": 17.6}  # accuracy in %
+samples = [build_masks(14, name).sample(1, torch.Generator().manual_seed(3)) for name in paper]
+contexts, targets = zip(*[(context[0], blocks[0]) for context, blocks in samples], strict=True)
+titles = [f"{name}: {accuracy} %" for name, accuracy in paper.items()]
+drawing.row(photos[[1] * 4], contexts, drawing.CONTEXT, titles)
+drawing.row(photos[[1] * 4], targets, titles=[f"M = {len(t)}" for t in targets])
 
 # %% [markdown]
-# All positions where a block fits are equally likely (deviation D3: the top of `ijepa.py` numbers
-# where it differs from the paper or from its authors' code). A corner is covered from one position,
-# the centre from many: the centre is hidden, and what is near the border is seen. (The outermost
-# ring less: the context block may miss it.) The quadrants of `rasterized` and the patches of
-# `random` know no centre.
-
-# %% [markdown]
-# ## What goes wrong with cut masks
+# The numbers are measured; the reasons are the paper's view and ours. Large targets hold parts of
+# objects, not just colours and edges. A context that is spread over the image says something about
+# each of them. **multiblock** has both. **random** has no large targets: a single hidden patch can
+# be guessed from its neighbours. **rasterized** and **block** have no spread context.
 #
-# Pictures of a batch have differently many patches left. The authors' code cuts all of them to the
-# *shortest* of the batch and keeps the **first** patches, counted row by row: what is cut is the
-# lower part of the picture. The larger the batch, the shorter its shortest mask. Here $K$ does not
-# depend on the batch, and what is too many is dropped at random (deviation D5).
+# ## Small images: an 8 x 8 grid
 #
-# We imitate the cut with our own draws: `free` is what the targets leave, before our $K$ are
-# chosen.
-
-
-# %%
-def cut_context(batch: int, batches: int, generator: torch.Generator) -> torch.Tensor:
-    """Masks cut to the shortest of the batch: how often each patch is context, (H, W)."""
-    total = torch.zeros(masks.num_patches)
-    for _ in range(batches):
-        pick = int(torch.randint(len(masks.target_shapes), (1,), generator=generator))
-        shape = masks.target_shapes[pick].tolist()
-        _, free = masks._draw(batch, shape, generator)  # (B, N) bool
-        shortest = free.sum(1).min()
-        first = free & (free.cumsum(1) <= shortest)  # the first `shortest` ones, row by row
-        total += first.sum(0)
-    return (total / (batch * batches)).view(GRID)
-
-
-generator = generator_for("cut masks")
-BATCHES = {1: 1024, 8: 256, 64: 64, 512: 16, 2048: 8}  # batch size: how many batches
-cut = {batch: cut_context(batch, count, generator) for batch, count in BATCHES.items()}
-
-figure, axes = plt.subplots(1, 5, figsize=(12, 3.2))
-for axis, batch in zip(axes, (1, 8, 64, 2048), strict=False):
-    axis.imshow(100 * cut[batch], cmap="cividis", vmin=0, vmax=100)
-    axis.set_title(f"cut, batch of {batch}", fontsize=13)
-image = axes[4].imshow(100 * context_share, cmap="cividis", vmin=0, vmax=100)
-axes[4].set_title("ours, any batch", fontsize=13)
-for axis in axes:
-    axis.set(xticks=[0, 13], yticks=[0, 13], xlabel="column")
-axes[0].set_ylabel("row of patches")
-bar = figure.colorbar(image, ax=axes, label="is context (%)")
+# Notebooks 3 and 4 use images of 32 x 32 pixels, the size of CIFAR-10. Their patches have 4 x 4
+# pixels. Here are our photographs at that size.
 
 # %%
-sizes = list(cut)
-kept = [100 * float(cut[batch].mean()) for batch in sizes]
-lower = [100 * float(cut[batch][7:].sum() / cut[batch].sum()) for batch in sizes]
-ours = 100 * float(context_share[7:].sum() / context_share.sum())
-
-figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-axes[0].plot(sizes, kept, "o-", color=classroom.VERMILION, label="cut to the shortest")
-axes[0].axhline(25, color=classroom.BLUE, label="ours")
-axes[0].set(xscale="log", ylim=(0, 55), title="Size of the context")
-axes[0].set(xlabel="batch size (pictures)", ylabel="share of all patches (%)")
-axes[1].plot(sizes, lower, "o-", color=classroom.VERMILION, label="cut to the shortest")
-axes[1].axhline(ours, color=classroom.BLUE, label="ours")
-axes[1].set(xscale="log", ylim=(0, 55), title="How much of it is in the lower half")
-axes[1].set(xlabel="batch size (pictures)", ylabel="share of the context (%)")
-for axis in axes:
-    axis.grid()
-    axis.legend()
-
-# %%
-assert kept == sorted(kept, reverse=True) and lower == sorted(lower, reverse=True)
-assert abs(ours - 50) < 2  # ours: as much below as above
-assert lower[0] > 45 and lower[-1] < 25  # cut: the lower half is lost, in large batches
-print(f"lower half: {lower[0]:.0f} % of the context in batches of 1, {lower[-1]:.0f} % in 2,048")
+small = torch.nn.functional.interpolate(photos.float(), size=32, mode="area").round().byte()
+masks = MaskCollator(8)
+context_idx, target_idx = masks.sample(4, torch.Generator().manual_seed(5))
+print(f"{masks.num_patches} patches, context {masks.context_size}, target {target_idx.shape[2]}")
+drawing.row(small, context_idx, drawing.CONTEXT, ["context (ours)"] * 4, 8)
+drawing.row(small, target_idx, titles=["four targets"] * 4, grid=8)
 
 # %% [markdown]
-# > **Question.** Which other way is there to make the masks of a batch equally long? What would it
-# > cost?
-
-# %% [markdown]
-# ## Try it
+# ## Try it yourself
 #
-# The picture shows the default setting; with the sliders in the cell after it you can change it.
-# Settings that cannot be met are refused, with the reason.
+# Run the next two cells and move the sliders. `MaskCollator` refuses settings that leave too little
+# context, and says why.
 
 
 # %%
-def try_masks(scale: float, aspect: float, num_targets: int, context: int) -> None:
-    """One picture under other masks: scale of a target, its height by width, M, and K in %."""
+def try_masks(image=0, scale=0.175, aspect=1.0, num_targets=4, context_size=49, seed=0):
+    ranges = (scale, scale), (aspect, aspect)
     try:
-        sampler = MaskCollator(
-            GRID,
-            num_targets=num_targets,
-            target_scale=(scale, scale),
-            target_aspect=(aspect, aspect),
-            context_size=round(context / 100 * 14 * 14),
-        )
+        masks = MaskCollator(14, num_targets, *ranges, context_size=context_size)
     except ValueError as error:
-        print(error)
-        return
-    seen, hidden = sampler.sample(3, generator_for("slider"))
-    axes = plt.subplots(1, 6, figsize=(12, 2.5))[1]
-    for i in range(3):
-        left, right = axes[2 * i], axes[2 * i + 1]
-        classroom.show(left, pictures[i], seen[i], GRID, "context", classroom.BLUE)
-        classroom.show(right, pictures[i], hidden[i].unique(), GRID, "targets", classroom.VERMILION)
-    plt.show()
+        return print(error)
+    context, blocks = masks.sample(1, torch.Generator().manual_seed(seed))
+    both, titles = [context[0], blocks[0]], ["context", "targets"]
+    drawing.row(photos[[image] * 2], both, drawing.CONTEXT, titles)
 
 
-try_masks(scale=0.175, aspect=1.0, num_targets=4, context=25)
+try_masks()
 
-# %% tags=["skip-execution"]
-import ipywidgets as widgets
-
-wide = {"style": {"description_width": "11em"}, "layout": {"width": "32em"}}
-calm = {"continuous_update": False} | wide
-widgets.interactive(
-    try_masks,
-    scale=widgets.FloatSlider(0.175, min=0.05, max=0.5, step=0.025, description="scale", **calm),
-    aspect=widgets.FloatSlider(1.0, min=0.3, max=3.0, step=0.1, description="aspect ratio", **calm),
-    num_targets=widgets.IntSlider(4, min=1, max=8, description="number of targets", **calm),
-    context=widgets.IntSlider(25, min=5, max=60, step=5, description="context size (%)", **calm),
-)
+# %%
+sliders = ipywidgets.interactive(
+    try_masks, image=(0, 3), scale=(0.05, 0.4, 0.025), aspect=(0.5, 2.0, 0.1),
+    num_targets=(1, 8), context_size=(7, 98, 7), seed=(0, 20),
+)  # fmt: skip
+display(sliders)  # noqa: F821
 
 # %% [markdown]
 # ## Exercises
 #
-# Each solution is folded: click on "1 cell hidden" below its heading.
-
-# %% [markdown]
-# ### Exercise 1
+# **1. How much do four targets hide?** Four targets of 17.5 % would hide 70 % of the image if they
+# did not overlap. Guess first. Then measure how many patches lie in at least one target.
 #
-# How many different shapes can a target block take on the grid of 14 x 14, and how many on
-# the 8 x 8 of CIFAR-10? (`block_shapes` lists them.) How many patches has the smallest, and the
-# largest? Is that 15 to 20 % of the picture?
-
-# %% [markdown] jp-MarkdownHeadingCollapsed=true
-# #### Solution 1
-
-# %% tags=["solution"]
-for side in (14, 8):
-    shapes = block_shapes((side, side), (0.15, 0.2), (0.75, 1.5)).unique(dim=0)
-    areas = shapes.prod(1)
-    print(f"{side} x {side}: {len(shapes)} shapes of {areas.min()} to {areas.max()} patches")
-    assert len(shapes) > 3 and areas.min() >= 0.1 * side**2 and areas.max() <= 0.25 * side**2
-# 25 of 196 patches are 13 %, not 15 %: height and width are rounded to whole patches.
-
-# %% [markdown]
-# ### Exercise 2
+# <details><summary>Solution</summary>
 #
-# Four targets of 17.5 % each do not hide 70 % of the picture, since they overlap. If each
-# patch were in each block with probability 0.175 independently of where it is, what share would be
-# hidden? How much is it in truth, and why is it less?
-
-# %% [markdown] jp-MarkdownHeadingCollapsed=true
-# #### Solution 2
-
-# %% tags=["solution"]
-independent = 1 - (1 - 0.175) ** 4
-measured = float(target_share.mean())
-print(f"independent: {independent:.1%}, measured: {measured:.1%}")
-# Blocks crowd in the centre, where they overlap more. (The draws that leave too little context are
-# repeated, which favours overlap too, slightly: deviation D6.)
-assert 0.40 < measured < independent
-
-# %% [markdown]
-# ### Exercise 3
+# ```python
+# hidden = [len(torch.cat(sample_masks()[1]).unique()) / 196 for _ in range(2000)]
+# print(f"{sum(hidden) / 2000:.0%}")
+# ```
 #
-# `MaskCollator` refuses a `context_size` if more than half of its draws would leave fewer patches.
-# What is the largest that it accepts beside 1, 2, 4 and 8 targets?
-
-# %% [markdown] jp-MarkdownHeadingCollapsed=true
-# #### Solution 3
-
-# %% tags=["solution"]
-
-
-def largest_context(num_targets: int) -> int:
-    for size in range(196, 0, -1):
-        try:
-            return MaskCollator(GRID, num_targets=num_targets, context_size=size).context_size
-        except ValueError:
-            continue  # refused: try one patch less
-    raise AssertionError("none is granted")
-
-
-largest = {count: largest_context(count) for count in (1, 2, 4, 8)}
-for count, size in largest.items():
-    print(f"{count} targets: {size} of 196 patches")
-assert list(largest.values()) == sorted(largest.values(), reverse=True)
+# About 48 %. If the four blocks were independent at each patch, it would be
+# $1 - (1 - 0.175)^4 = 54\,\%$. It is less because blocks meet in the centre: a block can cover a
+# corner from one position only, and the centre from many.
+#
+# </details>
+#
+# **2. Where does the 0.25 of Table 6 come from?** The paper's batch has 2,048 images, and its largest
+# run uses 16 GPUs: 128 images on each. Draw batches of 128 contexts. Take the smallest of each batch.
+# How large is it on average? Compare with batches of 8.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# sizes = torch.tensor([len(sample_masks()[0]) for _ in range(50 * 128)])
+# for batch_size in (1, 8, 128):
+#     smallest = sizes.view(-1, batch_size).min(dim=1).values
+#     print(batch_size, f"{smallest.float().mean() / 196:.0%}")
+# ```
+#
+# About 46 % for single images, 34 % for batches of 8, and 25 % for batches of 128, which is the
+# paper's number. So a larger batch leaves a smaller context. Our fixed *K* does not depend on it.
+#
+# </details>
+#
+# **3. Which shapes can a target have?** `block_shapes` of `ijepa.py` lists all of them. Count the
+# different shapes on a grid of 14 x 14 and on one of 8 x 8. How many patches has the smallest, and
+# how many the largest? Is that 15 to 20 % of the image?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from ijepa import block_shapes
+#
+# for side in (14, 8):
+#     shapes = block_shapes((side, side), (0.15, 0.2), (0.75, 1.5)).unique(dim=0)
+#     areas = shapes.prod(dim=1)
+#     print(f"{side} x {side}: {len(shapes)} shapes, {areas.min()} to {areas.max()} patches")
+# ```
+#
+# On 14 x 14 there are 10 shapes with 25 to 42 patches, 13 to 21 % of the image. On 8 x 8 there are
+# 4 shapes with 9 to 16 patches, 14 to 25 %. Height and width are rounded to whole patches, so the
+# range is not met exactly, least of all on a small grid.
+#
+# </details>
