@@ -81,7 +81,8 @@ def parse_args(cls: type, description: str, argv: list[str] | None = None):
             kwargs["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
             elements = typing.get_args(kind)
-            kwargs |= {"type": elements[0], "nargs": len(elements)}
+            nargs = "+" if ... in elements else len(elements)
+            kwargs |= {"type": elements[0], "nargs": nargs}
         else:
             kwargs |= {"type": kind, "choices": f.metadata["choices"]}
         if f.metadata["positional"]:

@@ -195,7 +195,7 @@ def train(config: TrainConfig, world: Distributed) -> None:
     total_steps = round(config.epochs * epoch_steps)
     eval_steps = max(1, round(config.eval_every * epoch_steps))
     start_step = checkpoint["step"] if checkpoint else 0
-    check_steps(config, world, total_steps, start_step)
+    check_steps(config, world, total_steps)
 
     torch.manual_seed(config.seed)
     model = build_model(architecture).to(device)
@@ -299,12 +299,10 @@ def make_masks(config: TrainConfig, architecture: IJEPAConfig) -> MaskCollator:
     )
 
 
-def check_steps(config: TrainConfig, world: Distributed, total_steps: int, start_step: int) -> None:
+def check_steps(config: TrainConfig, world: Distributed, total_steps: int) -> None:
     """Raises UserError if there is nothing to train, or the batch cannot be divided."""
     if total_steps < 1:
         raise UserError(f"--epochs {config.epochs} is less than one batch of {config.batch_size}")
-    if start_step >= total_steps:
-        raise UserError(f"{config.out} has finished all of its {total_steps} steps")
     parts = config.accum_steps * world.world_size
     if config.batch_size % parts:
         raise UserError(
