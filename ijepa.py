@@ -338,17 +338,15 @@ class MaskCollator:
         target_scale, context_scale: area of a block, as a fraction of the grid.
         target_aspect: height over width of a target, relative to the grid's.
         context_size: K (D5). Default: the size that nine draws in ten reach beside the largest
-            targets, but at most a quarter of the grid, the paper's average (Table 6).
+            targets, but at most `max_context` of the grid, the paper's average (Table 6).
     Raises:
         ValueError: the settings cannot be met on this grid; the message says why.
     """
 
-    max_context = 0.25  # of the grid: upper limit of the default K
-
     def __init__(
         self, grid: int | Pair, num_targets: int = 4, target_scale: Range = (0.15, 0.2),
         target_aspect: Range = (0.75, 1.5), context_scale: Range = (0.85, 1.0),
-        context_size: int | None = None,
+        context_size: int | None = None, max_context: float = 0.25,
     ):  # fmt: skip
         self.grid = to_pair(grid)
         self.num_patches = math.prod(self.grid)  # N
@@ -360,7 +358,7 @@ class MaskCollator:
                 raise ValueError(f"a block's scale is a range within 0 to 1, not {low} to {high}")
         self.target_shapes = self._target_shapes(target_scale, target_aspect)  # (S, 2)
         self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
-        self.context_size = self._check_context_size(context_size)  # K
+        self.context_size = self._check_context_size(context_size, max_context)  # K
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None):
         """Masks for a batch: `context_idx` (B, K) and `target_idx` (B, M, T), int64 on the CPU.
@@ -414,12 +412,12 @@ class MaskCollator:
     def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
         return block_shapes(self.grid, scale, aspect)
 
-    def _check_context_size(self, wanted: int | None) -> int:
+    def _check_context_size(self, wanted: int | None, limit: float) -> int:
         """K: `wanted` if at least half of the draws reach it; otherwise the default."""
         largest = max(self.target_shapes.tolist(), key=math.prod)
         _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
         left = free.sum(1).sort().values  # (1000,) patches left beside the largest targets
-        size = wanted or min(int(left[100]), round(self.max_context * self.num_patches))
+        size = wanted or min(int(left[100]), round(limit * self.num_patches))
         if not 1 <= size <= left[500]:
             raise ValueError(
                 f"a context of {size} patches beside {self.num_targets} targets of "
@@ -598,8 +596,6 @@ class AblationIJEPA(IJEPA):
 class RandomMasks(MaskCollator):
     """Scattered patches: one target of `target_scale`, the context from the rest (Table 6)."""
 
-    max_context = 1.0
-
     def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
         count = (torch.linspace(*scale, 32, dtype=torch.float64) * self.num_patches).round().long()
         return torch.stack([torch.ones_like(count), count.clamp(min=1)], dim=1)
@@ -607,12 +603,6 @@ class RandomMasks(MaskCollator):
     def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
         order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
         return order[:, : self.num_targets * width].view(batch, self.num_targets, width)
-
-
-class BlockMasks(MaskCollator):
-    """One large block is the target (Table 6)."""
-
-    max_context = 1.0
 
 
 class RasterizedMasks(MaskCollator):
@@ -628,24 +618,24 @@ class RasterizedMasks(MaskCollator):
         return self._block_patches(quadrant // 2 * height, quadrant % 2 * width, height, width)
 
 
-STRATEGIES = {  # of Table 6: class, number of targets, scale of targets and of the context block
-    "multiblock": (MaskCollator, 4, (0.15, 0.2), (0.85, 1.0)),
-    "rasterized": (RasterizedMasks, 3, (0.25, 0.25), (1.0, 1.0)),
-    "block": (BlockMasks, 1, (0.6, 0.6), (1.0, 1.0)),
-    "random": (RandomMasks, 1, (0.6, 0.6), (1.0, 1.0)),
+STRATEGIES = {  # Table 6: class, targets, scale of targets and context block, limit of K
+    "multiblock": (MaskCollator, 4, (0.15, 0.2), (0.85, 1.0), 0.25),
+    "rasterized": (RasterizedMasks, 3, (0.25, 0.25), (1.0, 1.0), 0.25),
+    "block": (MaskCollator, 1, (0.6, 0.6), (1.0, 1.0), 1.0),
+    "random": (RandomMasks, 1, (0.6, 0.6), (1.0, 1.0), 1.0),
 }
 
 
 def build_masks(
     grid: int | Pair, strategy: str = "multiblock", num_targets: int | None = None,
-    target_scale: Range | None = None, context_scale: Range | None = None, **more,
+    target_scale: Range | None = None, context_scale: Range | None = None,
+    context_size: int | None = None,
 ) -> MaskCollator:  # fmt: skip
     """The collator of a strategy; what is None takes the strategy's value (Table 6)."""
-    collator, targets, scale, context = STRATEGIES[strategy]
-    return collator(
-        grid, num_targets or targets, target_scale or scale,
-        context_scale=context_scale or context, **more,
-    )  # fmt: skip
+    collator, targets, scale, context, limit = STRATEGIES[strategy]
+    scales = {"target_scale": target_scale or scale, "context_scale": context_scale or context}
+    size = {"context_size": context_size, "max_context": limit}
+    return collator(grid, num_targets or targets, **scales, **size)
 
 
 def build_model(config: IJEPAConfig) -> IJEPA:

@@ -1,0 +1,523 @@
+"""Whole runs of a very small model: interrupted, resumed, divided over processes, and refused."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import probe
+import train
+from ijepa import MODELS, build_model
+
+SCRIPT = Path(train.__file__)
+# 4 x 4 patches, 81 training and 9 validation images: 30 steps, evaluated at 8, 16, 24 and 30.
+SMALL = (
+    "--img-size 16 --context-size 4 --predictor-depth 1 --batch-size 8 --epochs 2.96 "
+    "--eval-every 0.8 --device cpu"
+).split()
+STEPS, EVALUATED, LOGGED = 30, [8, 16, 24, 30], [8, 10, 16, 20, 24, 30]
+COLUMNS = "step epoch loss lr weight_decay momentum images_per_second".split()
+MEASURED = "val_loss knn rankme feature_std".split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> str:
+    """A folder of noise in three classes of different brightness."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i, name in enumerate("abc"):
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 100 + 50 * i, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "train" / name / f"{number:02}.jpg")
+    return str(root)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Runs in this process change them."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+class Killed(BaseException):
+    """Ends a run in this process at once, as SIGKILL does."""
+
+
+def kill():
+    raise Killed
+
+
+def run(*options, at: tuple = (None, None), finish=False) -> None:
+    """`python train.py options` in this process.
+
+    at: (step, function to call at its start). finish: evaluate at the end, which takes seconds.
+    """
+    learning_rate, (stop_step, act) = train.learning_rate, at
+
+    def hooked(step, *rest):
+        if step == stop_step:
+            act()
+        return learning_rate(step, *rest)
+
+    argv = [str(SCRIPT), *map(str, options)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(train, "learning_rate", hooked),
+        nullcontext() if finish else mock.patch.object(train, "finish"),
+    ):
+        data.run_main(train.main)
+
+
+def load(out: Path) -> dict:
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def log_of(out: Path) -> list[dict[str, str]]:
+    """log.csv without the speed."""
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert float(row.pop("images_per_second")) > 0
+    return rows
+
+
+def assert_equal(ours, theirs, where="checkpoint") -> None:
+    """Equal to the last bit, at every depth."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_equal(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    a, b = load(ours), load(theirs)
+    for part in ("step", "model", "optimizer", "architecture"):
+        assert_equal(a[part], b[part], part)
+    assert log_of(ours) == log_of(theirs)
+    assert not list(ours.glob("*.tmp"))
+
+
+def assert_close_run(ours: Path, theirs: Path) -> None:
+    """Equal but for rounding; weights relative to how far training has moved them."""
+    a, b = load(ours), load(theirs)
+    torch.manual_seed(b["config"]["seed"])
+    start = build_model(replace(MODELS["vit_nano"], **b["architecture"])).state_dict()
+    assert a["step"] == b["step"]
+    for name, value in b["model"].items():
+        values = [a["model"][name], value, start[name]]
+        if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding
+            values = [x.unflatten(0, (3, -1))[[0, 2]] for x in values]
+        mine, value, initial = (x.double() for x in values)
+        assert (mine - value).norm() <= 0.01 * (value - initial).norm() + 1e-7, name
+    for mine, row in zip(log_of(ours), log_of(theirs), strict=True):
+        assert mine["step"] == row["step"]
+        for column in ("epoch", "loss", "lr", "momentum", "val_loss", "rankme", "feature_std"):
+            assert bool(mine[column]) == bool(row[column])
+            if row[column]:
+                assert float(mine[column]) == pytest.approx(float(row[column]), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, images) -> types.SimpleNamespace:
+    """An uninterrupted run, with its final evaluation and what it prints."""
+    out, printed = tmp_path_factory.mktemp("runs") / "deep" / "reference", io.StringIO()
+    with redirect_stdout(printed):
+        run("--data", images, *SMALL, "--out", out, finish=True)
+    return types.SimpleNamespace(out=out, printed=printed.getvalue(), rows=log_of(out))
+
+
+# ---------------------------------------------------------------------------------- a whole run
+
+
+def test_log_has_every_row_and_column(reference):
+    with open(reference.out / "log.csv", newline="") as file:
+        assert csv.DictReader(file).fieldnames == COLUMNS + MEASURED
+    assert [int(row["step"]) for row in reference.rows] == LOGGED
+    for row in reference.rows:
+        evaluated = int(row["step"]) in EVALUATED
+        assert [bool(row[name]) for name in MEASURED] == [evaluated] * 4
+        assert float(row["epoch"]) == pytest.approx(int(row["step"]) * 8 / 81)
+        if evaluated:
+            assert 0 <= float(row["knn"]) <= 1 <= float(row["rankme"]) <= 9
+
+
+def test_log_follows_the_schedules(reference):
+    warmup = round(81 / 8)
+    for row in reference.rows:
+        done = int(row["step"])
+        progress = (done - warmup) / (STEPS - warmup)
+        lr = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * progress)) / 2
+        if done < warmup:
+            lr = 1e-4 + 9e-4 * done / warmup
+        expected = {"lr": lr, "weight_decay": 0.04, "momentum": 0.996}
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+    groups = load(reference.out)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-5, 1e-5])
+    assert [group["weight_decay"] for group in groups] == pytest.approx([0.04, 0])
+
+
+def test_final_table_equals_the_probe(reference, images):
+    encoder, architecture, info = probe.load_encoder(str(reference.out))
+    assert info["step"] == STEPS
+    dataset = data.load_dataset(images, "train", img_size=16)
+    splits = probe.make_splits(dataset, train_images=train.EVAL_IMAGES)
+    encoders = {
+        "pixels": None,
+        "untrained": probe.untrained_encoder(architecture),
+        "trained": encoder,
+    }
+    rows = [
+        {"name": name} | probe.evaluate(probe.extract_splits(splits, network), 3)
+        for name, network in encoders.items()
+    ]
+    result = json.loads((reference.out / "result.json").read_text())
+    assert result["train_images"] == 81
+    assert result["rows"] == rows
+    assert probe.format_table(rows) in reference.printed
+    assert "learn from 81 training images" in reference.printed
+    assert rows[2]["knn"] == float(reference.rows[-1]["knn"])
+
+
+def test_untrained_encoder_is_where_training_starts():
+    config = MODELS["vit_nano"]
+    torch.manual_seed(3)
+    assert_equal(
+        build_model(config).target_encoder.state_dict(),
+        probe.untrained_encoder(config, 3).state_dict(),
+    )
+
+
+@pytest.mark.parametrize("name", ["curves.png", "overview.png"])
+def test_figures_are_drawn(reference, name):
+    with Image.open(reference.out / name) as figure:
+        assert np.array(figure.convert("L")).std() > 5
+
+
+def test_description_comes_before_training(reference, images):
+    count = sum(p.numel() for p in probe.load_encoder(str(reference.out))[0].parameters())
+    first = reference.printed.splitlines()[0]
+    for words in ("vit_nano", f"{count / 1e6:.1f} M", "81 images", images, "steps 0 to 30", "cpu"):
+        assert words in first
+
+
+def test_loss_falls_on_textures(tmp_path, monkeypatch):
+    def few_textures(split: str, size: int):
+        return data.MemoryDataset(*data.draw_textures(900, 0, size), list(data.TEXTURES))
+
+    monkeypatch.setattr(data, "textures_dataset", few_textures)
+    run("--epochs", 4, "--batch-size", 54, "--out", tmp_path / "run", "--device", "cpu")
+    loss = [float(row["val_loss"]) for row in log_of(tmp_path / "run") if row["val_loss"]]
+    assert len(loss) == 4
+    assert loss[-1] < 0.95 * loss[0]
+
+
+def test_recipes_of_the_paper():
+    config, architecture, recipe = train.resolve(train.TrainConfig("vit_huge"))
+    assert architecture == MODELS["vit_huge"] and config.data == "imagenet"
+    assert (config.epochs, config.batch_size) == (300, 2048)
+    assert train.resolve(train.TrainConfig("vit_large"))[0].epochs == 600
+    schedule = [train.schedules(config, recipe, 1000, 10, step) for step in (0, 149, 999)]
+    assert schedule[0] == pytest.approx((1e-4, 0.04, 0.996), rel=0.07)
+    assert schedule[1][0] == pytest.approx(1e-3)
+    assert schedule[2] == pytest.approx((1e-6, 0.4, 1.0), rel=1e-3)
+
+
+def test_options_replace_the_recipe(images):
+    options = train.TrainConfig("vit_tiny", data=images, patch_size=8, context_size=3, lr=0.0)
+    config, architecture, _ = train.resolve(options)
+    assert (config.lr, config.batch_size, config.context_size) == (0.0, 64, 3)
+    assert architecture == replace(MODELS["vit_tiny"], patch_size=8)
+    assert config.out == f"runs/vit_tiny_{Path(images).name}"
+    assert train.resolve(train.TrainConfig())[0].epochs == train.DEMO_EPOCHS
+
+
+# ----------------------------------------------------------------------- interrupted and resumed
+
+
+@pytest.mark.parametrize("killed_at, saved", [(13, 8), (16, 16), (29, 24)])
+def test_resumed_run_is_bitwise_the_same(tmp_path, images, reference, killed_at, saved):
+    options = ["--data", images, *SMALL, "--out", tmp_path / "run"]
+    with pytest.raises(Killed):
+        run(*options, at=(killed_at, kill))
+    assert load(tmp_path / "run")["step"] == saved
+    torch.manual_seed(99)
+    run(*options, "--resume")
+    assert_same_run(tmp_path / "run", reference.out)
+
+
+def test_resume_needs_only_the_folder(tmp_path, images, reference):
+    with pytest.raises(Killed):
+        run("--data", images, *SMALL, "--out", tmp_path / "run", at=(12, kill))
+    with pytest.raises(Killed):  # and once more
+        run("--out", tmp_path / "run", "--resume", at=(19, kill))
+    run("--out", tmp_path / "run", "--resume", "--workers", 0, "--save-every", 1)
+    assert_same_run(tmp_path / "run", reference.out)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_stop(tmp_path, images, reference, number, code, capsys):
+    options = ["--data", images, *SMALL, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit) as stopped:
+        run(*options, at=(17, lambda: os.kill(os.getpid(), number)))
+    assert stopped.value.code == code
+    assert load(tmp_path / "run")["step"] == 20
+    assert "stopped at step 20 of 30: continue with --resume" in capsys.readouterr().out
+    assert signal.getsignal(number) == signal.SIG_DFL  # a second one stops at once
+    run(*options, "--resume")
+    assert_same_run(tmp_path / "run", reference.out)
+
+
+@pytest.fixture
+def start():
+    """Start train.py in a process of its own; it is killed at the end of the test."""
+    started = []
+
+    def start_process(out: Path, *options) -> subprocess.Popen:
+        command = [sys.executable, SCRIPT, "--out", out, *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(f"{out}.log", "a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Until the checkpoint is of this step, or later."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if (out / "last.pt").exists() and load(out)["step"] >= step:
+            return
+        time.sleep(0.002)
+    pytest.fail(Path(f"{out}.log").read_text())
+
+
+def test_terminated_and_killed_processes_resume(tmp_path, images, reference, start):
+    out = tmp_path / "run"
+    process = start(out, "--data", images, *SMALL)
+    wait_for_step(process, out, 8)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    stopped = load(out)["step"]
+    assert stopped in (10, 16, 20)
+    process = start(out, "--resume")
+    wait_for_step(process, out, stopped + 1)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert load(out)["step"] < STEPS
+    run("--resume", "--out", out)
+    assert_same_run(out, reference.out)
+
+
+# ---------------------------------------------------------- a function of seed and batch size only
+
+
+@pytest.fixture(scope="module")
+def layer_norm_reference(tmp_path_factory, images):
+    out = tmp_path_factory.mktemp("runs") / "layer"
+    run("--data", images, *SMALL, "--out", out, "--target-norm", "layer")
+    return types.SimpleNamespace(out=out)
+
+
+@pytest.mark.parametrize("target_norm", ["whiten", "layer"])
+def test_accumulation_equals_a_large_batch(tmp_path, images, target_norm, request):
+    name = "reference" if target_norm == "whiten" else "layer_norm_reference"
+    options = ["--target-norm", target_norm, "--accum-steps", 4, "--out", tmp_path / "run"]
+    run("--data", images, *SMALL, *options)
+    assert_close_run(tmp_path / "run", request.getfixturevalue(name).out)
+
+
+def test_two_processes_equal_one(tmp_path, images, reference):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [SCRIPT, "--data", images, *SMALL, "--accum-steps", "2", "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_run(out, reference.out)
+    assert done.stdout.count("vit_nano") == done.stdout.count("Validation accuracy") == 1
+    assert {"result.json", "curves.png", "overview.png"} <= {path.name for path in out.iterdir()}
+
+
+def test_evaluation_does_not_change_training(tmp_path, images, reference):
+    options = ["--eval-every", 0.3, "--save-every", 0, "--out", tmp_path / "run"]
+    run("--data", images, *SMALL, *options)
+    for part in ("model", "optimizer"):
+        assert_equal(load(tmp_path / "run")[part], load(reference.out)[part], part)
+
+
+def test_seed_decides(tmp_path, images, reference):
+    with pytest.raises(Killed):
+        run("--data", images, *SMALL, "--seed", 1, "--out", tmp_path / "run", at=(9, kill))
+    assert log_of(tmp_path / "run")[0]["loss"] != reference.rows[0]["loss"]
+    assert load(tmp_path / "run")["config"]["seed"] == 1
+
+
+# ------------------------------------------------------------------------------ bf16 and compile
+
+
+def few_steps(out: Path, images: str, *options) -> list[float]:
+    """The losses of ten steps, in two rows."""
+    run("--data", images, *SMALL, "--epochs", 1, "--out", out, *options)
+    return [float(row["loss"]) for row in log_of(out)]
+
+
+def test_bf16_stays_close(tmp_path, images):
+    expected = few_steps(tmp_path / "float32", images)
+    losses = few_steps(tmp_path / "bf16", images, "--bf16")
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=0.03)
+    assert all(x.dtype != torch.bfloat16 for x in load(tmp_path / "bf16")["model"].values())
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_run_stays_close(tmp_path, images, monkeypatch):
+    monkeypatch.setitem(MODELS, "vit_nano", replace(MODELS["vit_nano"], depth=1))
+    expected = few_steps(tmp_path / "eager", images)
+    losses = few_steps(tmp_path / "compiled", images, "--compile")
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------- mistakes of users
+
+
+def refused(capsys, *options) -> str:
+    """The one line of an error with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    line = captured.err.split("\r")[-1].strip()  # after the progress bar
+    assert line.startswith("train.py: error: ") and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
+        ("--model vit_enormous", "'vit_nano', 'vit_tiny'"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--momentum 0.9", "--momentum: expected 2 arguments"),
+        ("--img-size 18", "18x18 pixels do not divide into patches of 4"),
+        ("--predictor-dim 50", "width 50 must be divisible"),
+        ("--masks rasterized --num-targets 4", "3 quadrants"),
+        ("--context-size 15", "Lower the context size"),
+        ("--target-scale 0.9 0.2", "0.9 to 0.2"),
+        ("--accum-steps 3", "choose a multiple of 3"),
+        ("--epochs 0.01", "less than one batch of 8"),
+        ("--resume", "no checkpoint|No such file"),
+        ("--device tpu", "--device tpu"),
+        ("--data nowhere", "there is no folder nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, images, capsys, options, message):
+    given = ["--data", images, *SMALL, *options.split(), "--out", tmp_path / "run"]
+    assert re.search(message, refused(capsys, *given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_classes(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    message = refused(capsys, "--data", tmp_path, *SMALL, "--out", tmp_path / "run")
+    assert "<class>/<image>.jpg" in message
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("", "already holds a run: add --resume"),
+        ("--resume --lr 0.5", "was trained with lr 0.001, not 0.5"),
+        ("--resume --batch-size 16", "was trained with batch_size 8, not 16"),
+        ("--resume --target-norm layer", "target_norm"),
+        ("--resume", "has finished all of its 30 steps"),
+    ],
+)
+def test_existing_run_stays_as_it_is(tmp_path, reference, images, capsys, options, message):
+    out = shutil.copytree(reference.out, tmp_path / "run")
+    given = [] if "--resume" in options else ["--data", images, *SMALL]
+    assert message in refused(capsys, *given, *options.split(), "--out", out)
+    for path in reference.out.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert len(list(out.iterdir())) == len(list(reference.out.iterdir()))
+
+
+def test_damaged_checkpoint_is_refused(tmp_path, reference, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "last.pt").write_bytes((reference.out / "last.pt").read_bytes()[:5000])
+    assert "last.pt" in refused(capsys, "--resume", "--out", out)
+
+
+@pytest.mark.parametrize("eval_every", [0.8, 3])
+def test_diverged_run_stops_with_advice(tmp_path, images, capsys, eval_every):
+    options = ["--lr", 1e20, "--eval-every", eval_every, "--out", tmp_path / "run"]
+    message = refused(capsys, "--data", images, *SMALL, *options)
+    assert "start again with a lower --lr" in message
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
+
+
+def test_missing_wandb(tmp_path, images, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    given = ["--data", images, *SMALL, "--wandb", "--out", tmp_path / "run"]
+    assert "pip install wandb" in refused(capsys, *given)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_wandb_gets_the_log(tmp_path, images, monkeypatch):
+    rows, settings = [], {}
+
+    class Wandb(types.ModuleType):
+        def init(self, **given):
+            settings.update(given)
+            return types.SimpleNamespace(log=lambda row, step: rows.append((step, row)))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    few_steps(tmp_path / "run", images, "--wandb")
+    assert [step for step, _ in rows] == [8, 10]
+    assert rows[0][1]["loss"] == float(log_of(tmp_path / "run")[0]["loss"])
+    assert settings["config"]["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    "module, config, limit", [(train, "TrainConfig", 35), (probe, "ProbeConfig", 15)]
+)
+def test_help_is_short(capsys, module, config, limit):
+    with pytest.raises(SystemExit) as stopped:
+        data.parse_args(getattr(module, config), module.__doc__, ["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    options = re.findall(r"^  (--[a-z]|[a-z]+ )", printed, flags=re.MULTILINE)
+    assert 10 < len(options) <= limit
