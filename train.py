@@ -267,7 +267,8 @@ def train(config: TrainConfig, world: Distributed) -> None:
                 saved = now
             logged = time.monotonic()
         if stopping and done < total_steps:
-            print(f"stopped at step {done} of {total_steps}: continue with --resume")
+            if world.is_main:
+                print(f"stopped at step {done} of {total_steps}: continue with --resume")
             sys.exit(128 + (stop.number or signal.SIGTERM))
     if world.is_main:
         finish(log, config, architecture, model, validation, masks)
@@ -387,9 +388,11 @@ class Validation:
     def loss(self, model: IJEPA, masks: MaskCollator) -> float:
         dataset, indices = self.splits["val"]
         total, generator = 0.0, seeded_generator("validation masks")
+        model.eval()  # validation images must not enter the statistics of `Whitening`
         for images in eval_batches(dataset, indices, self.device, 100, self.workers):
             masks_idx = (idx.to(self.device) for idx in masks.sample(len(images), generator))
             total += model(images, *masks_idx).item() * len(images)
+        model.train()
         return total / len(indices)
 
 

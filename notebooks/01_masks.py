@@ -81,7 +81,7 @@ def sample_block(scale_range, aspect_range):
 random.seed(0)
 block = sample_block((0.15, 0.2), (0.75, 1.5))
 print(f"{len(block)} patches, {len(block) / 196:.1%} of the image: {block.tolist()}")
-drawing.row(photos[[0, 0]], [None, block], drawing.TARGETS[0], ["the image", "one target block"])
+drawing.row(photos[[0, 0]], [None, block], ["black", drawing.TARGETS[0]], ["image", "one target"])
 
 # %% [markdown]
 # ## Four targets, and a context without them
@@ -205,7 +205,7 @@ def try_masks(image=0, scale=0.175, aspect=1.0, num_targets=4, context_size=49, 
         return print(error)
     context, blocks = masks.sample(1, torch.Generator().manual_seed(seed))
     both, titles = [context[0], blocks[0]], ["context", "targets"]
-    drawing.row(photos[[image] * 2], both, drawing.CONTEXT, titles)
+    drawing.row(photos[[image] * 2], both, [drawing.CONTEXT, "black"], titles)
 
 
 try_masks()
@@ -236,9 +236,9 @@ display(sliders)  # noqa: F821
 #
 # </details>
 #
-# **2. Where does the 0.25 of Table 6 come from?** The paper's batch has 2,048 images, and its largest
-# run uses 16 GPUs: 128 images on each. Draw batches of 128 contexts. Take the smallest of each batch.
-# How large is it on average? Compare with batches of 8.
+# **2. Where does the 0.25 of Table 6 come from?** The paper trains with batches of 2,048 images,
+# for example on 16 GPUs. That is 128 images on each. Draw batches of 128 contexts and take the
+# smallest of each batch. How large is it on average? Compare with batches of 8.
 #
 # <details><summary>Solution</summary>
 #
@@ -249,8 +249,9 @@ display(sliders)  # noqa: F821
 #     print(batch_size, f"{smallest.float().mean() / 196:.0%}")
 # ```
 #
-# About 46 % for single images, 34 % for batches of 8, and 25 % for batches of 128, which is the
-# paper's number. So a larger batch leaves a smaller context. Our fixed *K* does not depend on it.
+# About 46 % for single images, 34 % for batches of 8, and 25 % for batches of 128. The last one is
+# the paper's number, so this may well be where it comes from. A larger batch leaves a smaller
+# context. Our *K* is fixed, so the batch size does not matter.
 #
 # </details>
 #

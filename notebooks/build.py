@@ -24,7 +24,8 @@ def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.Not
         cell["id"] = f"cell-{number:02}"  # not random, so that a new build changes little
     env = os.environ | {"IJEPA_FAST": "1" if fast else "0"}
     resources = {"metadata": {"path": str(HERE)}}
-    NotebookClient(notebook, timeout=600, resources=resources, record_timing=False).execute(env=env)
+    options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, resources=resources, **options).execute(env=env)
     notebook.metadata = {k: notebook.metadata[k] for k in ("jupytext", "kernelspec")}
     for cell in notebook.cells:
         if any(WIDGET in output.get("data", {}) for output in cell.get("outputs", ())):

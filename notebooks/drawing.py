@@ -88,3 +88,31 @@ def method(image) -> None:
         (12.6, 4.65, "predictions\n(gradients\nflow back)"),
     ):  # fmt: skip
         axis.text(x, y, text, fontsize=16, **center)
+
+
+def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step") -> None:
+    """A panel for each column in `titles`, and in it a line for each run (its rows)."""
+    size = (14 if len(titles) > 1 else 9, 4.6)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, squeeze=False)
+    for axis, (column, title) in zip(axes[0], titles.items(), strict=True):
+        for (name, rows), style in zip(runs.items(), ("-o", "--s", ":^"), strict=False):
+            shown = [row for row in rows if column in row]
+            style = style if len(shown) < 50 else style.rstrip("os^")
+            values = [row[column] for row in shown]
+            axis.plot([row[x] for row in shown], values, style, label=name, markersize=9)
+        axis.set(xlabel=x, title=title)
+        axis.set_ylim(bottom=0)
+    if len(runs) > 1:
+        handles, names = axis.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+
+
+def confusion(matrix, names) -> None:
+    """A confusion matrix (C, C) in percent, row by row."""
+    axis = plt.figure(figsize=(10, 8.5)).add_subplot(xlabel="predicted as", ylabel="class")
+    axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
+    for i, j in torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(names))).tolist():
+        color = "white" if matrix[i, j] > 60 else "black"
+        axis.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color=color)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(names)), names)

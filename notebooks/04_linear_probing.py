@@ -1,0 +1,203 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4. Linear probing: what has the encoder learned?
+#
+# An encoder was trained on CIFAR-10 without labels (notebook 3 shows its curves). We **freeze** it:
+# its weights no longer change. Then we ask how easily the classes can be found in its output. The
+# usual test is a *linear* classifier, called a **linear probe**.
+#
+# > **Question.** Why a linear classifier, and not a network with three layers?
+
+# %%
+import os
+import sys
+from pathlib import Path
+
+import drawing
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, "..")  # ijepa.py is in the parent folder
+from data import UserError, eval_batches, load_dataset
+from probe import load_encoder, make_splits, untrained_encoder
+
+DATA = os.environ.get("IJEPA_DATA", "cifar10")  # or a folder with train/<class>/<image>.png
+IMAGES, STEPS = 10_000, 1000  # not all 45,000 images, so that the notebook is fast
+if os.environ.get("IJEPA_FAST") == "1":  # in tests
+    IMAGES, STEPS = 400, 10
+drawing.style()
+try:
+    dataset = load_dataset(DATA, "train", data_dir="../data", img_size=32)
+except UserError:
+    sys.exit("No images. Put cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz into ../data.")
+splits = make_splits(dataset, train_images=IMAGES)
+train_idx, val_idx = splits["train"][1], splits["val"][1][: IMAGES // 5]
+train_labels, val_labels = dataset.labels[train_idx], dataset.labels[val_idx]
+print(f"{Path(DATA).name}: {len(train_idx):,} images to learn from, {len(val_idx):,} to validate")
+
+# %% [markdown]
+# The encoder has never seen the validation images, neither with labels nor without.
+#
+# ## Load the encoder, and freeze it
+#
+# `load_encoder` returns it frozen: no parameter has a gradient. For comparison we take a second
+# encoder of the same shape with random weights. What the trained one does better, it has learned.
+
+# %%
+encoder, config, info = load_encoder("vit_nano_cifar10")
+encoders = {"untrained": untrained_encoder(config), "trained": encoder}
+parameters = list(encoder.parameters())
+print(f"{sum(p.numel() for p in parameters):,} parameters,", end=" ")
+print(f"{sum(p.requires_grad for p in parameters)} of {len(parameters)} tensors need gradients")
+
+# %% [markdown]
+# ## Features
+#
+# The encoder turns an image into 64 tokens of 96 numbers. We average the tokens. So an image becomes
+# **96 numbers**: its features. A third candidate needs no encoder: the 3,072 pixel values.
+#
+# At the end, each feature is shifted and scaled to mean 0 and variance 1 on the training images. That
+# makes the classifier easier to train.
+
+
+# %%
+@torch.no_grad()
+def extract(indices, network):
+    batches = eval_batches(dataset, indices)  # normalized images (500, 3, 32, 32)
+    return torch.cat([network(images) for images in batches])
+
+
+networks = {"pixels": lambda images: images.flatten(1)}  # (B, 3072)
+for name, encoder in encoders.items():
+    networks[name] = lambda images, encoder=encoder: encoder(images).mean(dim=1)  # (B, 96)
+
+features = {}
+for name, network in networks.items():
+    train_x, val_x = extract(train_idx, network), extract(val_idx, network)
+    mean, std = train_x.mean(0), train_x.std(0)
+    features[name] = (train_x - mean) / std, (val_x - mean) / std
+    print(f"{name:10}", tuple(train_x.shape), tuple(val_x.shape))
+
+# %% [markdown]
+# ## The linear probe
+#
+# One `nn.Linear`, and an ordinary training loop. For an encoder, only 96 x 10 weights and 10 biases
+# are trained.
+
+
+# %%
+def linear_probe(x, labels):
+    torch.manual_seed(0)
+    head = nn.Linear(x.shape[1], len(dataset.classes))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(STEPS):
+        batch = torch.randint(len(x), (100,))
+        loss = F.cross_entropy(head(x[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head
+
+
+def accuracy(predicted):
+    return 100 * (predicted == val_labels).float().mean().item()
+
+
+heads = {name: linear_probe(train_x, train_labels) for name, (train_x, _) in features.items()}
+linear = {name: accuracy(heads[name](val_x).argmax(1)) for name, (_, val_x) in features.items()}
+
+# %% [markdown]
+# ## k-NN: no training at all
+#
+# For each validation image we look for the 20 training images with the most similar features, by
+# cosine similarity. The class that occurs most often among them is the prediction.
+#
+# > **Question.** Guess before you run the cell: how accurate are pixels, the untrained encoder and
+# > the trained one? Chance is 10 %.
+
+
+# %%
+def neighbors(train_x, val_x, k=20):
+    similarity = F.normalize(val_x, dim=1) @ F.normalize(train_x, dim=1).T  # (2000, 10000)
+    return similarity.topk(k).indices  # (2000, k), the most similar first
+
+
+knn = {name: accuracy(train_labels[neighbors(*x)].mode().values) for name, x in features.items()}
+
+figure, axis = plt.subplots(figsize=(12, 5))
+for label, shift, found in ("20-NN", -0.2, knn), ("linear probe", 0.2, linear):
+    bars = axis.bar([i + shift for i in range(3)], found.values(), width=0.38, label=label)
+    axis.bar_label(bars, fmt="%.1f", padding=2)
+axis.axhline(10, color="black", linestyle="--", label="chance")
+axis.set_xticks(range(3), features)
+axis.set(ylabel="validation accuracy, %")
+legend = axis.legend(frameon=False, loc="upper left")
+
+# %% [markdown]
+# TEXT
+#
+# ## Nearest neighbours
+#
+# The first image of each row is a validation image. Beside it are the training images with the most
+# similar features. Blue titles: the same class. Orange titles: another class. The first four rows are
+# for pixels, the last four for the trained encoder.
+
+# %%
+for name in ("pixels", "trained"):
+    nearest = neighbors(*features[name], k=7)
+    for label in (0, 1, 3, 7):  # airplane, automobile, cat, horse
+        query = (val_labels == label).nonzero()[1, 0]
+        shown = torch.cat([val_idx[query, None], train_idx[nearest[query]]])
+        labels = dataset.labels[shown]
+        colors = [drawing.BLUE if x == label else drawing.VERMILION for x in labels]
+        titles = [dataset.classes[x] for x in labels]
+        drawing.row(dataset.load(shown), None, ["black", *colors[1:]], titles, grid=1)
+
+# %% [markdown]
+# ## Which classes are confused?
+#
+# Row by row: how the linear probe on the trained encoder classifies the images of each class, in %.
+
+# %%
+count = len(dataset.classes)
+predicted = heads["trained"](features["trained"][1]).argmax(1)
+matrix = torch.bincount(val_labels * count + predicted, minlength=count**2).view(count, count)
+drawing.confusion(100 * matrix / matrix.sum(1, keepdim=True), dataset.classes)
+
+# %% [markdown]
+# TEXT
+#
+# ## Few labels
+#
+# Images are cheap, labels are expensive. How many labels does the probe need? We train it again with
+# 1, 5, 20, 100 and 500 labels per class. The labels are drawn at random, so we average three draws.
+
+# %%
+curves = {name: [] for name in features}
+for n in (1, 5, 20, 100, 500):
+    for name, (train_x, val_x) in features.items():
+        mean = 0
+        for draw in range(3):
+            order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(draw))
+            few = torch.cat([order[train_labels[order] == c][:n] for c in range(count)])
+            head = linear_probe(train_x[few], train_labels[few])
+            mean += accuracy(head(val_x).argmax(1)) / 3
+        curves[name].append({"labels per class": n, "accuracy": mean})
+drawing.curves(curves, {"accuracy": "linear probe, validation accuracy, %"}, "labels per class")
+plt.xscale("log")
+
+# %% [markdown]
+# TEXT
+#
+# ## Exercises
