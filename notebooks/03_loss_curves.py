@@ -23,7 +23,6 @@ import csv
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import drawing
 import torch
@@ -35,7 +34,8 @@ from data import UserError, load_dataset, train_batches
 from ijepa import IJEPA, MODELS, MaskCollator, parameter_groups
 
 DATA = os.environ.get("IJEPA_DATA", "cifar10")  # or a folder with train/<class>/<image>.png
-STEPS, EVERY = (4, 2) if os.environ.get("IJEPA_FAST") == "1" else (240, 60)  # 4: only for tests
+FAST = os.environ.get("IJEPA_FAST") == "1"  # set by the tests
+STEPS, EVERY = (4, 2) if FAST else (240, 60)
 drawing.style()
 try:
     dataset = load_dataset(DATA, "train", data_dir="../data", img_size=32)
@@ -45,7 +45,7 @@ splits = probe.make_splits(dataset, train_images=5000)  # small, so that the not
 (_, train_idx), (_, val_idx) = splits["train"], splits["val"]
 
 # %%
-print(f"{Path(DATA).name}: we train on {len(train_idx):,} of {len(dataset):,} images")
+print(f"{os.path.basename(DATA)}: we train on {len(train_idx):,} of {len(dataset):,} images")
 names = [dataset.classes[label] for label in dataset.labels[train_idx[:8]]]
 drawing.row(dataset.load(train_idx[:8]), titles=names, grid=1)
 

@@ -20,22 +20,19 @@
 # %%
 import os
 import sys
-from pathlib import Path
 
 import drawing
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, "..")  # ijepa.py is in the parent folder
 from data import UserError, eval_batches, load_dataset
 from probe import load_encoder, make_splits, untrained_encoder
 
 DATA = os.environ.get("IJEPA_DATA", "cifar10")  # or a folder with train/<class>/<image>.png
-IMAGES, STEPS = 10_000, 1000  # not all 45,000 images, so that the notebook is fast
-if os.environ.get("IJEPA_FAST") == "1":  # in tests
-    IMAGES, STEPS = 400, 10
+FAST = os.environ.get("IJEPA_FAST") == "1"  # set by the tests
+IMAGES, STEPS = (400, 10) if FAST else (10_000, 1000)  # of 45,000 images, to save time
 drawing.style()
 try:
     dataset = load_dataset(DATA, "train", data_dir="../data", img_size=32)
@@ -44,7 +41,7 @@ except UserError:
 splits = make_splits(dataset, train_images=IMAGES)
 train_idx, val_idx = splits["train"][1], splits["val"][1][: IMAGES // 5]
 train_labels, val_labels = dataset.labels[train_idx], dataset.labels[val_idx]
-print(f"{Path(DATA).name}: {len(train_idx):,} images to learn from, {len(val_idx):,} to validate")
+print(f"{os.path.basename(DATA)}: {len(train_idx):,} training, {len(val_idx):,} validation images")
 
 # %% [markdown]
 # The encoder has never seen the validation images, neither with labels nor without.
@@ -56,10 +53,9 @@ print(f"{Path(DATA).name}: {len(train_idx):,} images to learn from, {len(val_idx
 
 # %%
 encoder, config, info = load_encoder("vit_nano_cifar10")
-encoders = {"untrained": untrained_encoder(config), "trained": encoder}
-parameters = list(encoder.parameters())
-print(f"{sum(p.numel() for p in parameters):,} parameters,", end=" ")
-print(f"{sum(p.requires_grad for p in parameters)} of {len(parameters)} tensors need gradients")
+encoders = {"pixels": None, "untrained": untrained_encoder(config), "trained": encoder}
+print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters, of which trainable:", end=" ")
+print(sum(p.numel() for p in encoder.parameters() if p.requires_grad))
 
 # %% [markdown]
 # ## Features
@@ -73,18 +69,14 @@ print(f"{sum(p.requires_grad for p in parameters)} of {len(parameters)} tensors 
 
 # %%
 @torch.no_grad()
-def extract(indices, network):
+def extract(network, indices):
     batches = eval_batches(dataset, indices)  # normalized images (500, 3, 32, 32)
-    return torch.cat([network(images) for images in batches])
+    return torch.cat([network(x).mean(dim=1) if network else x.flatten(1) for x in batches])
 
-
-networks = {"pixels": lambda images: images.flatten(1)}  # (B, 3072)
-for name, encoder in encoders.items():
-    networks[name] = lambda images, encoder=encoder: encoder(images).mean(dim=1)  # (B, 96)
 
 features = {}
-for name, network in networks.items():
-    train_x, val_x = extract(train_idx, network), extract(val_idx, network)
+for name, network in encoders.items():
+    train_x, val_x = extract(network, train_idx), extract(network, val_idx)
     mean, std = train_x.mean(0), train_x.std(0)
     features[name] = (train_x - mean) / std, (val_x - mean) / std
     print(f"{name:10}", tuple(train_x.shape), tuple(val_x.shape))
@@ -99,7 +91,7 @@ for name, network in networks.items():
 # %%
 def linear_probe(x, labels):
     torch.manual_seed(0)
-    head = nn.Linear(x.shape[1], len(dataset.classes))
+    head = torch.nn.Linear(x.shape[1], len(dataset.classes))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.1)
     for _ in range(STEPS):
         batch = torch.randint(len(x), (100,))
@@ -135,14 +127,7 @@ def neighbors(train_x, val_x, k=20):
 
 knn = {name: accuracy(train_labels[neighbors(*x)].mode().values) for name, x in features.items()}
 
-figure, axis = plt.subplots(figsize=(12, 5))
-for label, shift, found in ("20-NN", -0.2, knn), ("linear probe", 0.2, linear):
-    bars = axis.bar([i + shift for i in range(3)], found.values(), width=0.38, label=label)
-    axis.bar_label(bars, fmt="%.1f", padding=2)
-axis.axhline(10, color="black", linestyle="--", label="chance")
-axis.set_xticks(range(3), features)
-axis.set(ylabel="validation accuracy, %")
-legend = axis.legend(frameon=False, loc="upper left")
+drawing.bars({"20-NN": knn, "linear probe": linear}, "validation accuracy, %")
 
 # %% [markdown]
 # TEXT
@@ -185,15 +170,14 @@ drawing.confusion(100 * matrix / matrix.sum(1, keepdim=True), dataset.classes)
 
 # %%
 curves = {name: [] for name in features}
+orders = [torch.randperm(IMAGES, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 for n in (1, 5, 20, 100, 500):
     for name, (train_x, val_x) in features.items():
-        mean = 0
-        for draw in range(3):
-            order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(draw))
+        found = []
+        for order in orders:
             few = torch.cat([order[train_labels[order] == c][:n] for c in range(count)])
-            head = linear_probe(train_x[few], train_labels[few])
-            mean += accuracy(head(val_x).argmax(1)) / 3
-        curves[name].append({"labels per class": n, "accuracy": mean})
+            found.append(accuracy(linear_probe(train_x[few], train_labels[few])(val_x).argmax(1)))
+        curves[name].append({"labels per class": n, "accuracy": sum(found) / 3})
 drawing.curves(curves, {"accuracy": "linear probe, validation accuracy, %"}, "labels per class")
 plt.xscale("log")
 

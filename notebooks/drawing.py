@@ -97,22 +97,29 @@ def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step")
     for axis, (column, title) in zip(axes[0], titles.items(), strict=True):
         for (name, rows), style in zip(runs.items(), ("-o", "--s", ":^"), strict=False):
             shown = [row for row in rows if column in row]
-            style = style if len(shown) < 50 else style.rstrip("os^")
-            values = [row[column] for row in shown]
-            axis.plot([row[x] for row in shown], values, style, label=name, markersize=9)
-        axis.set(xlabel=x, title=title)
-        axis.set_ylim(bottom=0)
+            style = style if len(shown) < 50 else style[:-1]
+            axis.plot([r[x] for r in shown], [r[column] for r in shown], style, label=name, ms=9)
+        axis.set(xlabel=x, title=title, ylim=(0, None))
     if len(runs) > 1:
         handles, names = axis.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
 
 
+def bars(groups: dict[str, dict[str, float]], ylabel: str) -> None:
+    """One bar for each name in each of two groups."""
+    axis = plt.figure(figsize=(12, 5)).add_subplot(ylabel=ylabel)
+    for shift, (label, values) in zip((-0.2, 0.2), groups.items(), strict=True):
+        positions = [i + shift for i in range(len(values))]
+        axis.bar_label(axis.bar(positions, values.values(), 0.38, label=label), fmt="%.1f")
+    axis.set_xticks(range(len(values)), values)
+    axis.legend(frameon=False, loc="upper left")
+
+
 def confusion(matrix, names) -> None:
-    """A confusion matrix (C, C) in percent, row by row."""
+    """A confusion matrix (C, C) in percent of each row."""
     axis = plt.figure(figsize=(10, 8.5)).add_subplot(xlabel="predicted as", ylabel="class")
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
-    for i, j in torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(names))).tolist():
-        color = "white" if matrix[i, j] > 60 else "black"
-        axis.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color=color)
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    for (i, j), value in zip((matrix > -1).nonzero().tolist(), matrix.flatten(), strict=True):
+        axis.text(j, i, f"{value:.0f}", color="white" if value > 60 else "black", ha="center")
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_yticks(range(len(names)), names)
