@@ -11,14 +11,15 @@ what no context could foretell, such as the exact texture of grass; pixels canno
 The algorithm: one training step (Section 3, Figure 3).
 
     1. context_idx, target_idx = masks.sample(B)       M target blocks, a context without them
-    2. targets     = normalize(target_encoder(images))[target_idx]     whole image, no gradient
+    2. targets     = LayerNorm(target_encoder(images))[target_idx]     whole image, no gradient
     3. context     = encoder(images, keep=context_idx)            sees the context patches only
     4. predictions = predictor(context, context_idx, target_idx)            one block at a time
     5. loss        = mean distance between predictions and targets
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-After training, the average of `target_encoder(images)` over the patches represents the image.
+Small models whiten targets instead of the LayerNorm (D10). After training, the average of
+`target_encoder(images)` over the patches represents the image.
 
 Notation, used in every shape comment:
 
@@ -40,7 +41,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -71,21 +71,28 @@ class IJEPAConfig:
     depth: int = 12
     num_heads: int = 12  # of the predictor, too (Appendix A.1)
     predictor_dim: int = 384  # P: a narrow predictor works better (Table 14)
-    predictor_depth: int = 6  # 6 for ViT-B, 12 for L and H, 16 for G (Table 12)
+    predictor_depth: int = 6  # 6 for ViT-B, 12 for L and H, 16 for G: deeper is better (Table 12)
     mlp_ratio: float = 4.0  # of the encoder; the predictor's is always 4
     in_chans: int = 3
     norm_eps: float = 1e-6
     init: str = "normal"  # or "xavier": for small models (D10)
     target_norm: str = "layer"  # or "whiten": for small models (D10)
-    # Ablations of the paper, see `AblationIJEPA`.
+    # Other losses and targets, see `AblationIJEPA`.
     loss: str = "smooth_l1"  # or "l2" (D1)
     target: str = "representation"  # or "pixels" (Table 7)
     target_mask: str = "output"  # or "input" (Table 11)
 
     def __post_init__(self):
         patch_grid(self.img_size, self.patch_size)
+        for name, allowed in (
+            ("init", ("normal", "xavier")), ("target_norm", ("layer", "whiten")),
+            ("loss", ("smooth_l1", "l2")), ("target", ("representation", "pixels")),
+            ("target_mask", ("output", "input")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose from {allowed}")
         for dim in (self.embed_dim, self.predictor_dim):
-            if dim % 4 or dim % self.num_heads:
+            if dim < 1 or dim % 4 or dim % self.num_heads:
                 raise ValueError(
                     f"width {dim} must be divisible by 4 and by {self.num_heads} heads"
                 )
@@ -118,8 +125,8 @@ def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Te
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     def encode(length: int, train_length: int) -> Tensor:
-        centres = torch.arange(length, dtype=torch.float64) + 0.5
-        coordinates = centres * (train_length / length) - 0.5  # patch centres onto patch centres
+        centers = torch.arange(length, dtype=torch.float64) + 0.5
+        coordinates = centers * (train_length / length) - 0.5  # patch centers onto patch centers
         angles = torch.outer(coordinates, frequencies)  # (length, dim/4)
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, dim/2)
 
@@ -258,8 +265,8 @@ class ViT(nn.Module):
         x, outputs = self._embed(images), []
         for block in self.blocks:
             x = block(x)
-            outputs.append(x)
-        return [self.norm(x) for x in outputs[-n:]]
+            outputs = [*outputs, x][-n:]  # keeping all would cost memory
+        return [self.norm(x) for x in outputs]
 
 
 class Predictor(nn.Module):
@@ -309,7 +316,8 @@ def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Te
 
     One row for each pair of a scale (fraction of the grid's area) and an aspect ratio (height over
     width, relative to the grid's), both evenly spaced. A row drawn at random is a scale and an
-    aspect ratio drawn independently (D4). Raises ValueError if a shape does not fit the grid.
+    aspect ratio drawn independently (D4); a table shows the largest shape before training. Raises
+    ValueError if a shape does not fit the grid.
     """
 
     def evenly(low: float, high: float) -> Tensor:
@@ -372,13 +380,9 @@ class MaskCollator:
         while len(redo := (free.sum(1) < self.context_size).nonzero()[:, 0]):
             target_idx[redo], free[redo] = self._draw(len(redo), shape, generator)
         # K of the free patches, every subset equally likely (D5).
-        lottery = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
-        context_idx = lottery.topk(self.context_size, sorted=False).indices.sort().values
+        noise = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
+        context_idx = noise.topk(self.context_size, sorted=False).indices.sort().values
         return context_idx, target_idx
-
-    def __call__(self, samples: list) -> tuple:
-        """The `collate_fn` of a DataLoader: (collated samples, context_idx, target_idx)."""
-        return default_collate(samples), *self.sample(len(samples))
 
     def _draw(self, batch: int, shape: list[int], generator) -> tuple[Tensor, Tensor]:
         """Targets (B, M, T), and which patches of a context block they leave, (B, N) bool."""
@@ -397,7 +401,7 @@ class MaskCollator:
         top, left = self._corners(height, width, (batch, self.num_targets), generator)
         return self._block_patches(top, left, height, width)
 
-    def _corners(self, height, width, size: Pair, generator) -> tuple[Tensor, Tensor]:
+    def _corners(self, height, width, size: tuple[int, int], generator) -> tuple[Tensor, Tensor]:
         """Top left corners of blocks, uniform over all positions where they fit (D3)."""
         top, left = torch.rand(2, *size, generator=generator)
         rows, columns = self.grid
@@ -417,7 +421,7 @@ class MaskCollator:
         largest = max(self.target_shapes.tolist(), key=math.prod)
         _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
         left = free.sum(1).sort().values  # (1000,) patches left beside the largest targets
-        size = wanted or min(int(left[100]), round(limit * self.num_patches))
+        size = min(int(left[100]), round(limit * self.num_patches)) if wanted is None else wanted
         if not 1 <= size <= left[500]:
             raise ValueError(
                 f"a context of {size} patches beside {self.num_targets} targets of "
@@ -441,7 +445,7 @@ class IJEPA(nn.Module):
         # The target encoder starts as a copy and follows by EMA; it has no gradient of its own.
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         if config.target_norm == "layer":
-            # Without learned scale and shift, or the targets could shrink to make the loss small.
+            # Undoes the learned scale of the encoder's final norm, by which targets could shrink.
             self.target_norm = nn.LayerNorm(config.embed_dim, elementwise_affine=False)  # (D1)
         else:
             self.target_norm = Whitening(math.prod(self.encoder.grid), config.embed_dim)
@@ -453,7 +457,7 @@ class IJEPA(nn.Module):
         predictions = self.predictor(context, context_idx, target_idx)  # (B, M, T, D)
         return self.distance(predictions.float(), targets.float())
 
-    @torch.no_grad()  # otherwise a constant representation would minimize the loss
+    @torch.no_grad()  # stop-gradient: targets must not move toward the predictions (collapse)
     def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
         """Representations to predict: (B, C, H p, W p) and (B, M, T) -> (B, M, T, D).
 
@@ -478,59 +482,13 @@ class IJEPA(nn.Module):
             self.target_norm.update()
 
 
-class Whitening(nn.Module):
-    """Targets that hold only content: centred per position and decorrelated (D10).
-
-    x -> (x - mean[position]) (covariance + shrinkage)^(-1/2), with running statistics of the
-    target encoder's output over images. The mean of each position is what the predictor could say
-    without looking at the image. Whitening then gives rare directions the weight of common ones.
-    """
-
-    def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
-        super().__init__()
-        self.rate, self.shrinkage = rate, shrinkage
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(num_patches, dim))
-        self.register_buffer("covariance", torch.eye(dim))
-        self.register_buffer("matrix", torch.eye(dim))  # covariance^(-1/2)
-        # Sums over the micro-batches of this step: of x, of its products, and of images.
-        self.register_buffer(
-            "sums", torch.zeros(num_patches * dim + dim * dim + 1), persistent=False
-        )
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
-        x = x.float() - self.mean
-        if self.training:
-            products = torch.einsum("bnd,bne->de", x, x)
-            self.sums += torch.cat([x.sum(0).flatten(), products.flatten(), x.new_tensor([len(x)])])
-        return x @ self.matrix
-
-    def update(self) -> None:
-        """Once per optimizer step, after all micro-batches; the same on every process."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-        (num_patches, dim), count = self.mean.shape, self.sums[-1]
-        shift, products = (self.sums[:-1] / count).split([num_patches * dim, dim * dim])
-        shift = shift.view(num_patches, dim)  # of the batch mean against the running mean
-        covariance = (products.view(dim, dim) - shift.T @ shift) / num_patches
-        self.sums.zero_()
-        self.step += 1
-        rate = max(self.rate, 1 / self.step.item())
-        self.mean += rate * shift
-        self.covariance.lerp_(covariance, rate)
-        if self.step <= 20 or self.step % 10 == 0:  # the inverse root is the expensive part
-            values, vectors = torch.linalg.eigh(self.covariance)
-            values = values + self.shrinkage * values.mean()
-            self.matrix.copy_((vectors * values.rsqrt()) @ vectors.T)
-
-
 # ------------------------------------------------------------------- schedules (Appendix A.1)
 # Functions of the step alone, counted from 0. Resuming needs no state but the step.
 
 
 def cosine(start: float, end: float, progress: float) -> float:
     """From `start` to `end` along half a cosine while `progress` goes from 0 to 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def learning_rate(step: int, total: int, warmup: int, start: float, peak: float, final: float):
@@ -560,8 +518,61 @@ def parameter_groups(model: IJEPA) -> list[dict]:
     ]
 
 
-# ------------------------------------------------------------------- ablations of the paper
-# Not the method: what the paper compares it with. `build_model` and `build_masks` choose.
+# ------------------------------------------------------------------- targets of small models
+
+
+class Whitening(nn.Module):
+    """Targets that hold only content: centered per position and decorrelated (D10).
+
+    x -> (x - mean[position]) (covariance + shrinkage * mean variance * I)^(-1/2), with running
+    statistics of the target encoder's output. The mean of a position is what the predictor can say
+    without looking at the image. Whitening then gives rare directions the weight of common ones.
+    """
+
+    def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
+        super().__init__()
+        self.rate, self.shrinkage = rate, shrinkage
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(num_patches, dim))
+        self.register_buffer("covariance", torch.eye(dim))
+        self.register_buffer("matrix", torch.eye(dim))  # the whitening matrix
+        # Sums over the micro-batches of a step.
+        self.register_buffer("sum_x", torch.zeros(num_patches, dim), persistent=False)
+        self.register_buffer("sum_xx", torch.zeros(dim, dim), persistent=False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)  # of images
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for covariances
+            x = x.float() - self.mean
+            if self.training:
+                self.sum_x += x.sum(0)
+                self.sum_xx += torch.einsum("bnd,bne->de", x, x)
+                self.count += len(x)
+            return x @ self.matrix
+
+    def update(self) -> None:
+        """Once per optimizer step, after all micro-batches; the same on every process."""
+        sums = (self.sum_x, self.sum_xx, self.count)
+        if dist.is_initialized():
+            for total in sums:
+                dist.all_reduce(total)
+        shift = self.sum_x / self.count  # (N, D): mean of the batch minus the running mean
+        covariance = (self.sum_xx / self.count - shift.T @ shift) / len(shift)  # (D, D)
+        for total in sums:
+            total.zero_()
+        self.step += 1
+        step = self.step.item()
+        rate = max(self.rate, 1 / step)
+        self.mean += rate * shift
+        self.covariance.lerp_(covariance, rate)
+        if step <= 20 or step % 10 == 0:  # the inverse root is the expensive part
+            values, vectors = torch.linalg.eigh(self.covariance)
+            values = values + self.shrinkage * values.mean()
+            self.matrix.copy_((vectors * values.rsqrt()) @ vectors.T)
+
+
+# ------------------------------------------------------------------- ablations
+# The paper's L2 loss (D1), and what the paper compares its method with.
 
 
 class AblationIJEPA(IJEPA):
@@ -570,13 +581,14 @@ class AblationIJEPA(IJEPA):
     def __init__(self, config: IJEPAConfig):
         super().__init__(config)
         if (config.target, config.target_mask) != ("representation", "output"):
+            # Whitening needs the statistics of whole images, so LayerNorm replaces it.
             self.target_norm = nn.LayerNorm(config.embed_dim, elementwise_affine=False)
 
     @torch.no_grad()
     def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
         """(B, C, H p, W p) and (B, M, T) -> (B, M, T, D), or (B, M, T, p p C) for pixels."""
         c, num_targets = self.config, target_idx.shape[1]
-        if c.target == "pixels":  # of each patch, normalized (Table 7)
+        if c.target == "pixels":  # Table 7; normalized per patch as in MAE, the paper does not say
             p = c.patch_size
             x = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)  # (B, N, p p C)
             x = gather_tokens(F.layer_norm(x, x.shape[-1:]), target_idx.flatten(1))
@@ -598,6 +610,8 @@ class RandomMasks(MaskCollator):
 
     def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
         count = (torch.linspace(*scale, 32, dtype=torch.float64) * self.num_patches).round().long()
+        if self.num_targets * count.max() >= self.num_patches:
+            raise ValueError(f"{self.num_targets} random targets of this scale leave no context")
         return torch.stack([torch.ones_like(count), count.clamp(min=1)], dim=1)
 
     def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
@@ -635,7 +649,7 @@ def build_masks(
     collator, targets, scale, context, limit = STRATEGIES[strategy]
     scales = {"target_scale": target_scale or scale, "context_scale": context_scale or context}
     size = {"context_size": context_size, "max_context": limit}
-    return collator(grid, num_targets or targets, **scales, **size)
+    return collator(grid, targets if num_targets is None else num_targets, **scales, **size)
 
 
 def build_model(config: IJEPAConfig) -> IJEPA:
@@ -646,23 +660,25 @@ def build_model(config: IJEPAConfig) -> IJEPA:
 
 
 # --------------------------------------------------------------------------------- differences
-# From the paper (P) and from the code its authors released (R), on purpose:
+# From the paper and from the code its authors released, on purpose:
 #
-# D1  (P)   Targets are LayerNormed and the loss is smooth L1, averaged over all elements, as in R.
-#           The paper sums squared differences and does not normalize. `loss="l2"` squares.
-# D2  (P)   Weight decay follows a cosine, as in R; the paper says "linearly".
-# D3  (R)   Blocks are placed uniformly over the whole grid. In R the last row and column are never
-#           context or target, and the context block always starts in the top left corner.
-# D4  (R)   Scale and aspect ratio of a block are independent. R derives both from one number.
-# D5  (P,R) The context has K patches whatever the batch size; patches above K are dropped at
-#           random. R cuts all masks of a batch to the shortest and keeps the first patches in
-#           raster order, so the context loses its lower part, and more so in larger batches.
-# D6  (R)   Context and targets never overlap; an image whose targets leave fewer than K patches is
-#           drawn again (this slightly favours overlapping targets). R gives up after 20 draws.
-# D7  (R)   Output weights of the branches of layer l are divided by sqrt(2 l). R does so, too, but
-#           then initializes a second time without.
-# D8  (R)   Positions are computed for the grid at hand, so other image sizes and non-square images
-#           work. R interpolates, assuming a class token that does not exist.
-# D9  (R)   Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). R: 40 epochs from 2e-4.
-# D10 (P,R) Small models on 32-pixel images (`SMALL`): targets are whitened and the patch embedding
-#           starts with Xavier weights. Measured in `results/README.md`.
+# D1  (paper)    Targets are LayerNormed and the loss is smooth L1, averaged over all elements, as
+#                released. The paper sums squared differences (`loss="l2"`) and does not normalize.
+# D2  (paper)    Weight decay follows a cosine, as released; the paper says "linearly".
+# D3  (released) Blocks are placed uniformly over the whole grid. As released, the last row and
+#                column are never used, and the context block starts in the top left corner.
+# D4  (released) Scale and aspect ratio of a block are independent, and each image has its own
+#                context shape. As released, one number gives both, and a batch shares a shape.
+# D5  (both)     The context has K patches whatever the batch size; patches above K are dropped at
+#                random. Released: all masks of a batch are cut to the shortest and keep their
+#                first patches in raster order, so the context loses its lower part.
+# D6  (released) Context and targets never overlap; an image whose targets leave fewer than K
+#                patches is drawn again (this slightly favors overlapping targets). Released: after
+#                20 failed draws the context may overlap the targets.
+# D7  (released) Output weights of the branches of layer l are divided by sqrt(2 l). Released: the
+#                same, but a second initialization undoes it.
+# D8  (released) Positions are computed for the grid at hand, so other image sizes and non-square
+#                images work. Released: interpolated, assuming a class token that does not exist.
+# D9  (released) Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). Released: 40 from 2e-4.
+# D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, and all weights
+#                start with Xavier initialization. Measured in `results/README.md`.

@@ -5,9 +5,9 @@
     python probe.py vit_nano_cifar10 --data cifar10            pretrained weights included here
 
 Features are the average-pooled patch tokens of the last layer, or of the last four concatenated
-(Appendix A.1 of the paper). The encoder is never changed. Protocol, the same in `train.py`:
+(Appendix A.2 of the paper). The encoder is never changed. Protocol, the same in `train.py`:
 
-    training images     k-NN and linear probes learn from these, or from the first --train-images
+    training images     k-NN and linear probes learn from these, or from --train-images of them
     validation images   a fixed part of the training set; they choose the L2 strength
     test images         evaluated once, at the end, by this script only
 
@@ -369,8 +369,8 @@ def format_table(rows: Sequence[dict]) -> str:
         parts = []
         for key in (column, f"test_{column}"):
             if key in row:
-                spread = f"±{100 * row[key + '_std']:.1f}" if key + "_std" in row else ""
-                parts.append(f"{100 * row[key]:.1f}{spread}")
+                std = f"±{100 * row[key + '_std']:.1f}" if key + "_std" in row else ""
+                parts.append(f"{100 * row[key]:.1f}{std}")
         return " / ".join(parts) or "-"
 
     lines = [["", *COLUMNS.values(), "RankMe", "feature std"]]
@@ -391,7 +391,7 @@ def load_checkpoint(path: Path) -> dict:
     """A checkpoint of `train.py`, on the CPU. Raises UserError; no code in the file is ever run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "architecture", "model", "step"} - checkpoint.keys()
+        missing = {"config", "architecture", "model", "optimizer", "step"} - checkpoint.keys()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
@@ -425,7 +425,8 @@ def load_encoder(name: str, online: bool = False) -> tuple[ViT, IJEPAConfig, dic
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-            config, info = json.loads(metadata["config"]), info | json.loads(metadata["info"])
+            config, saved = json.loads(metadata["config"]), json.loads(metadata["info"])
+            info |= {"step": saved.get("step"), "train_config": saved.get("train_config", {})}
             model = {f"{network}.{k}": v.float() for k, v in load_file(path).items()}
         encoder = ViT(config := IJEPAConfig(**config))
         prefix = f"{network}."
@@ -465,7 +466,7 @@ def save_encoder(path, encoder: ViT, config: IJEPAConfig, half=False, info: dict
 
 def untrained_encoder(config: IJEPAConfig, seed: int = 0) -> ViT:
     """An encoder of the same architecture with fresh weights."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViT(config).eval().requires_grad_(False)
 
@@ -476,7 +477,7 @@ BLUE, VERMILION = "#0072B2", "#D55E00"  # can be told apart by color-blind reade
 
 
 def _subplots(rows: int, columns: int, width: float, height: float):
-    from matplotlib.figure import Figure  # imported late: train.py needs no figures
+    from matplotlib.figure import Figure  # imported late, because it starts slowly
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -676,7 +677,8 @@ def main() -> None:
                 rows.append({"name": f"{name}, {n} per class"} | row)
     print(f"\nAccuracy in %, validation / test\n{format_table(rows)}")
 
-    out = Path(config.out or Path(info["file"]).parent)
+    included = WEIGHTS in Path(info["file"]).parents  # their folder is not for output
+    out = Path(config.out or (f"runs/{config.encoder}" if included else Path(info["file"]).parent))
     out.mkdir(parents=True, exist_ok=True)
     result = {"options": asdict(config), "encoder": info, "images": sizes, "rows": rows}
     with atomic_write(out / "probe.json") as temporary:

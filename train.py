@@ -6,10 +6,10 @@
     torchrun --nproc_per_node 8 train.py --model vit_huge      # ImageNet in data/imagenet
     python train.py --model vit_tiny --data cifar10 --resume   # continue a stopped run
 
-A run writes to its folder (--out): last.pt (checkpoint), log.csv, curves.png, and at the end
-result.json. It depends on seed and global batch size, not on the number of processes,
-micro-batches or workers, and a resumed run gives the same bits as an uninterrupted one. SIGTERM
-and Ctrl-C save a checkpoint and stop; a second one stops at once.
+A run writes to its folder (--out): last.pt (checkpoint), log.csv, and at the end result.json,
+curves.png and overview.png. It depends on seed and global batch size, not on the number of
+processes, micro-batches or workers, and a resumed run gives the same bits as an uninterrupted one.
+SIGTERM and Ctrl-C save a checkpoint and stop; a second one stops at once.
 """
 
 import csv
@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,7 +62,7 @@ from ijepa import (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every option of a run. None means: the value of the model's recipe."""
+    """Every option of a run. None: the value of the model's recipe, or what the help says."""
 
     model: str = option("vit_nano", "architecture and recipe", "model", choices=[*MODELS])
     patch_size: int | None = option(None, "side of a patch in pixels", "model")
@@ -82,17 +81,19 @@ class TrainConfig:
     accum_steps: int = option(1, "micro-batches per step, to save memory", "optimization")
     lr: float | None = option(None, "peak learning rate", "optimization")
     warmup_epochs: float | None = option(None, "epochs of linear warm-up", "optimization")
-    weight_decay: Range | None = option(None, "at the start and at the end", "optimization")
+    weight_decay: Range | None = option(
+        None, "weight decay at the start and at the end", "optimization"
+    )
     momentum: Range | None = option(None, "of the EMA, at the start and at the end", "optimization")
     seed: int = option(0, "of initial weights, order, crops and masks", "optimization")
 
     masks: str = option("multiblock", "strategy (Table 6)", "masks and ablations", [*STRATEGIES])
     num_targets: int | None = option(None, "target blocks (Table 10)", "masks and ablations")
     target_scale: Range | None = option(
-        None, "their area, as a fraction (Table 8)", "masks and ablations"
+        None, "area of a target block, fraction of the grid (Table 8)", "masks and ablations"
     )
     context_scale: Range | None = option(
-        None, "the context block's (Table 9)", "masks and ablations"
+        None, "area of the context block, fraction of the grid (Table 9)", "masks and ablations"
     )
     context_size: int | None = option(None, "context patches per image", "masks and ablations")
     target: str = option(
@@ -103,9 +104,14 @@ class TrainConfig:
         "output", "where targets are cut (Table 11)", "masks and ablations", ["output", "input"]
     )
     target_norm: str | None = option(
-        None, "of the targets (D10)", "masks and ablations", ["layer", "whiten"]
+        None, "normalization of the targets (D10)", "masks and ablations", ["layer", "whiten"]
     )
-    loss: str = option("smooth_l1", "(D1)", "masks and ablations", ["smooth_l1", "l2"])
+    loss: str = option(
+        "smooth_l1",
+        "distance of predictions to targets (D1)",
+        "masks and ablations",
+        ["smooth_l1", "l2"],
+    )
 
     device: str | None = option(None, "cpu or cuda; default: a GPU if there is one", "hardware")
     bf16: bool | None = option(None, "bfloat16 autocast; default: on a GPU", "hardware")
@@ -123,10 +129,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values that a model trains with by default. These are the paper's (Appendix A.1)."""
+    """What a model trains with by default: the paper's values (Appendix A.1; epochs: Table 1)."""
 
     data: str = "imagenet"
-    crop_scale: Range = (0.3, 1.0)
+    crop_scale: Range = (0.3, 1.0)  # as released
     flip: bool = False  # as released
     epochs: float = 600
     batch_size: int = 2048
@@ -140,15 +146,17 @@ class Recipe:
 
 
 # Ours, for 32-pixel images. On CPUs small batches learn fastest: more steps in the same time.
-SMALL = Recipe(
+SMALL_RECIPE = Recipe(
     "cifar10", flip=True, epochs=100, batch_size=128, warmup_epochs=1, weight_decay=(0.04, 0.04),
     momentum=(0.996, 0.996), final_lr=0.01, beta2=0.98,
 )  # fmt: skip
-NANO = replace(SMALL, epochs=20, batch_size=24, momentum=(0.998, 0.998), data="textures")
+NANO_RECIPE = replace(
+    SMALL_RECIPE, epochs=20, batch_size=24, momentum=(0.998, 0.998), data="textures"
+)
 RECIPES = {
-    "vit_nano": NANO,
-    "vit_tiny": SMALL,
-    "vit_small": SMALL,
+    "vit_nano": NANO_RECIPE,
+    "vit_tiny": SMALL_RECIPE,
+    "vit_small": SMALL_RECIPE,
     "vit_huge": Recipe(epochs=300),
 }  # the other models: Recipe()
 DEMO_EPOCHS = 3  # of --data textures
@@ -165,6 +173,9 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
     config = replace(config, **{name: given.get(name, getattr(recipe, name)) for name in fill})
     config = replace(config, out=config.out or f"runs/{config.model}_{Path(data).name}")
     same = {f.name for f in fields(IJEPAConfig)} & given.keys()
+    low, high = config.crop_scale
+    if min(config.batch_size, config.accum_steps) < 1 or not 0 < low <= high <= 1:
+        raise UserError("--batch-size and --accum-steps start at 1, --crop-scale is within 0 to 1")
     try:
         architecture = replace(MODELS[config.model], **{name: given[name] for name in same})
         make_masks(config, architecture)
@@ -176,11 +187,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
 # ------------------------------------------------------------------------------------ training
 
 EVAL_IMAGES = 10_000  # training images that k-NN and linear probes learn from, at most
-LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only at these steps
+LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only here or at evaluations
 
 
-def train(config: TrainConfig, world: Distributed) -> None:
-    """One run, from the options to the final evaluation."""
+def train(config: TrainConfig, world: Distributed) -> int:
+    """One run, from the options to the final evaluation. Returns the exit code of the process."""
     config, checkpoint = resume(config) if config.resume else (config, None)
     config, architecture, recipe = resolve(config)
     out, device = Path(config.out), world.device
@@ -204,7 +215,8 @@ def train(config: TrainConfig, world: Distributed) -> None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if config.compile:
-        for layer in (*model.encoder.blocks, *model.predictor.predictor_blocks):
+        networks = (model.encoder, model.target_encoder)
+        for layer in (*(b for n in networks for b in n.blocks), *model.predictor.predictor_blocks):
             layer.compile()
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -213,14 +225,13 @@ def train(config: TrainConfig, world: Distributed) -> None:
         ddp = DistributedDataParallel(model, broadcast_buffers=False)
 
     steps = range(start_step, total_steps)
-    workers = config.workers if config.workers is not None else 8 * (device.type == "cuda")
+    workers = config.workers if config.workers is not None else (8 if device.type == "cuda" else 0)
     batches = train_batches(
         dataset, train_idx, masks, steps, batch_size=config.batch_size,
         accum_steps=config.accum_steps, seed=config.seed, crop_scale=config.crop_scale,
         flip=recipe.flip, rank=world.rank, world_size=world.world_size, device=device,
         workers=workers,
     )  # fmt: skip
-    schedule = partial(schedules, config, recipe, total_steps, epoch_steps)
     validation = Validation(dataset, device, workers)
     if world.is_main:
         log = Log(out, start_step, config)
@@ -230,7 +241,7 @@ def train(config: TrainConfig, world: Distributed) -> None:
     logged = saved = time.monotonic()
 
     for step in tqdm(steps, "training", disable=not world.is_main, leave=False, mininterval=1):
-        lr, wd, momentum = schedule(step)
+        lr, wd, momentum = schedules(config, recipe, step, total_steps, epoch_steps)
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=wd if group["decays"] else 0.0)
 
@@ -269,12 +280,13 @@ def train(config: TrainConfig, world: Distributed) -> None:
         if stopping and done < total_steps:
             if world.is_main:
                 print(f"stopped at step {done} of {total_steps}: continue with --resume")
-            sys.exit(128 + (stop.number or signal.SIGTERM))
+            return 128 + (stop.number or signal.SIGTERM)
     if world.is_main:
         finish(log, config, architecture, model, validation, masks)
+    return 0
 
 
-def schedules(config: TrainConfig, recipe: Recipe, total_steps: int, epoch_steps: float, step: int):
+def schedules(config: TrainConfig, recipe: Recipe, step: int, total_steps: int, epoch_steps: float):
     """Learning rate, weight decay and EMA momentum of a step."""
     warmup_steps = round(config.warmup_epochs * epoch_steps)
     start_lr, final_lr = config.lr * recipe.start_lr, config.lr * recipe.final_lr
@@ -313,7 +325,8 @@ def check_steps(config: TrainConfig, world: Distributed, total_steps: int) -> No
 
 
 FREE = {  # options that may change when a run resumes, because they do not change the result
-    "out", "resume", "accum_steps", "device", "compile", "workers", "save_every", "wandb",
+    "out", "resume", "data_dir", "accum_steps", "device", "compile", "workers", "save_every",
+    "wandb",
 }  # fmt: skip
 
 
@@ -324,7 +337,10 @@ def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
     """
     out = resolve(config)[0].out
     checkpoint = probe.load_checkpoint(Path(out, "last.pt"))
-    saved = TrainConfig(**checkpoint["config"])
+    try:
+        saved = TrainConfig(**checkpoint["config"])
+    except TypeError as error:
+        raise UserError(f"{out} was trained by another version of train.py: {error}") from error
     defaults = TrainConfig()
     for field in fields(TrainConfig):
         given, value = getattr(config, field.name), getattr(saved, field.name)
@@ -333,8 +349,8 @@ def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
                 f"{out} was trained with {field.name} {value}, not {given}: leave the option out, "
                 "or start a new run in another --out"
             )
-    free = {name: getattr(config, name) for name in FREE}
-    return replace(saved, **free | {"out": out}), checkpoint
+    changed = {n: v for n in FREE if (v := getattr(config, n)) != getattr(defaults, n)}
+    return replace(saved, **changed | {"out": out, "resume": True}), checkpoint
 
 
 def save(path: Path, config, architecture, step: int, model, optimizer) -> None:
@@ -380,7 +396,7 @@ class Validation:
         return probe.extract_splits(self.splits, encoder, self.device, workers=self.workers)
 
     def metrics(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
-        """During training: 20-NN, RankMe, feature std, and the loss with fixed crops and masks."""
+        """During training: 20-NN, RankMe, feature std, and the loss with fixed masks."""
         features = self.features(model.target_encoder)
         return {"val_loss": self.loss(model, masks)} | probe.monitor(features, self.num_classes)
 
@@ -397,7 +413,7 @@ class Validation:
 
 
 class Log:
-    """log.csv, one row per LOG_STEPS steps; curves.png; Weights & Biases on request."""
+    """log.csv, a row per LOG_STEPS steps and per evaluation; Weights & Biases on request."""
 
     COLUMNS = (
         "step", "epoch", "loss", "lr", "weight_decay", "momentum", "images_per_second",
@@ -436,7 +452,7 @@ def start_wandb(config: TrainConfig):
         import wandb
     except ImportError as error:
         raise UserError("--wandb needs the package: pip install wandb") from error
-    return wandb.init(project="ijepa", name=config.out, config=asdict(config), resume="allow")
+    return wandb.init(project="ijepa", name=config.out, config=asdict(config))
 
 
 def describe(config: TrainConfig, model: IJEPA, num_images: int, steps: range, device) -> str:
@@ -479,7 +495,8 @@ def finish(log: Log, config: TrainConfig, architecture, model: IJEPA, validation
 def main() -> None:
     config = parse_args(TrainConfig, __doc__)
     with distributed(config.device) as world:
-        train(config, world)
+        code = train(config, world)
+    sys.exit(code)  # after the other processes have left, too
 
 
 if __name__ == "__main__":
