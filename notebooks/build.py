@@ -23,6 +23,8 @@ def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.Not
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02}"  # not random, so that a new build changes little
     env = os.environ | {"IJEPA_FAST": "1" if fast else "0"}
+    if fast:
+        env["IJEPA_DATA"] = "textures"  # needs no download
     resources = {"metadata": {"path": str(HERE)}}
     options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources=resources, **options).execute(env=env)

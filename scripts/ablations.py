@@ -14,10 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the project's files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's files
 
 from data import UserError, atomic_write, option, parse_args, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ROWS = {  # options of train.py that differ from the method
     "I-JEPA": [],

