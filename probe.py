@@ -391,7 +391,7 @@ def load_checkpoint(path: Path) -> dict:
     """A checkpoint of `train.py`, on the CPU. Raises UserError; no code in the file is ever run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "architecture", "model", "optimizer", "step"} - checkpoint.keys()
+        missing = {"config", "architecture", "model", "step"} - checkpoint.keys()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
@@ -426,7 +426,7 @@ def load_encoder(name: str, online: bool = False) -> tuple[ViT, IJEPAConfig, dic
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
             config, saved = json.loads(metadata["config"]), json.loads(metadata["info"])
-            info |= {"step": saved.get("step"), "train_config": saved.get("train_config", {})}
+            info |= {k: saved[k] for k in ("network", "step", "train_config") if k in saved}
             model = {f"{network}.{k}": v.float() for k, v in load_file(path).items()}
         encoder = ViT(config := IJEPAConfig(**config))
         prefix = f"{network}."

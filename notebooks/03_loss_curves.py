@@ -11,12 +11,12 @@
 # %% [markdown]
 # # 3. Loss curves, and what they do not tell
 #
-# In this notebook we train a small I-JEPA on CIFAR-10 for a minute. Then we look at a long run, and
-# at two runs that we break on purpose. The question is always the same: **which curve tells us
+# In this notebook we train a small I-JEPA on CIFAR-10 for a minute. Then we look at a long run,
+# and at two runs that we break on purpose. The question is always the same: **which curve tells us
 # whether the network learns something useful?**
 #
-# CIFAR-10 has 60,000 images of 32 x 32 pixels in ten classes. I-JEPA never sees the classes. We use
-# them only to measure.
+# CIFAR-10 has 60,000 images of 32 x 32 pixels in ten classes. I-JEPA never sees the classes. We
+# use them only to measure. The saved outputs were made with CIFAR-10, a JPEG copy.
 
 # %%
 import csv
@@ -25,6 +25,7 @@ import sys
 from dataclasses import replace
 
 import drawing
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +36,7 @@ from ijepa import IJEPA, MODELS, MaskCollator, parameter_groups
 
 DATA = os.environ.get("IJEPA_DATA", "cifar10")  # or a folder with train/<class>/<image>.png
 FAST = os.environ.get("IJEPA_FAST") == "1"  # set by the tests
-STEPS, EVERY = (4, 2) if FAST else (240, 60)
+STEPS, EVERY = (4, 2) if FAST else (150, 50)
 drawing.style()
 try:
     dataset = load_dataset(DATA, "train", data_dir="../data", img_size=32)
@@ -60,13 +61,12 @@ config = replace(MODELS["vit_nano"], target_norm="layer")
 masks = MaskCollator(8)
 torch.manual_seed(0)
 model = IJEPA(config)
-count = sum(p.numel() for p in model.encoder.parameters())
-print(f"{count:,} parameters; context of {masks.context_size} of {masks.num_patches} patches")
+print(f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder")
 
 # %% [markdown]
 # ## Three measurements beside the loss
 #
-# Every 60 steps we measure the target encoder on 500 validation images. An image is represented by
+# Every 50 steps we measure the target encoder on 400 validation images. An image is represented by
 # the average of its 64 tokens.
 #
 # - **20-NN** looks for the 20 most similar training images. They vote for a class. Chance is 10 %.
@@ -78,19 +78,18 @@ print(f"{count:,} parameters; context of {masks.context_size} of {masks.num_patc
 
 
 # %%
-few = {"train": (dataset, train_idx[:1500]), "val": (dataset, val_idx[:500])}
+few = {"train": (dataset, train_idx[:1000]), "val": (dataset, val_idx[:400])}
 
 
 def measure(model):
-    features = probe.extract_splits(few, model.target_encoder)
-    row = probe.monitor(features, len(dataset.classes))
+    row = probe.monitor(probe.extract_splits(few, model.target_encoder), len(dataset.classes))
     return row | {"knn": 100 * row["knn"]}  # in percent
 
 
 # %% [markdown]
 # ## The training loop
 #
-# Notebook 2 went through one step slowly. This is the same step, 240 times, with 32 images each.
+# Notebook 2 went through one step slowly. This is the same step, 150 times, with 32 images each.
 
 
 # %%
@@ -110,17 +109,23 @@ def train(model, momentum):
 
 
 TITLES = {"loss": "loss", "knn": "20-NN, %", "rankme": "RankMe", "feature_std": "feature std"}
-runs = {"I-JEPA": train(model, momentum=0.99)}
+runs = {"I-JEPA": train(model, momentum=0.996)}
 drawing.curves(runs, TITLES)
 
 # %% [markdown]
-# TEXT about what is seen.
+# The loss falls quickly. The other three curves do not get better. RankMe falls, and 20-NN stays
+# near where it was with random weights. (With 400 images, a difference of 2 or 3 points means
+# nothing.) That is normal: in the first steps, the encoder loses its random features before it
+# finds better ones. After 150 steps of 32 images it has not even seen each image once.
+#
+# So we need a longer run.
 #
 # ## The long run
 #
-# The encoder that comes with this repository was trained by `train.py`: the same loop, all 45,000
-# training images, 20 epochs. Its log is in `results/`. Two things differ from our loop. The targets
-# are *whitened* instead of normalized by LayerNorm (D10 in `ijepa.py`), and the momentum is 0.998.
+# The encoder that comes with this repository was trained by `train.py`: the same loop on 45,000
+# images of CIFAR-10 (a JPEG copy), for 20 epochs. Its log is in `results/`. The main difference
+# from our loop is that the targets are *whitened* instead of normalized by LayerNorm (D10 in
+# `ijepa.py`).
 #
 # > **Question.** Before you run the cell: the loss is the only number that the optimizer sees. How
 # > will it develop over 20 epochs? And k-NN accuracy?
@@ -133,15 +138,21 @@ titles = {"val_loss": "validation loss", "knn": "20-NN, %", "rankme": "RankMe"}
 drawing.curves({"long run": long_run}, titles, x="epoch")
 
 # %% [markdown]
-# TEXT
+# The validation loss does not fall. Over the epochs it even rises a little. At the same time,
+# 20-NN accuracy and RankMe go up. How can a network get better while its loss gets worse?
+#
+# The targets come from the network itself. While it learns, its targets hold more and more about
+# the image, and so they become harder to predict. The ruler changes while we measure. **So the
+# loss does not say how good the representation is**, and losses of different runs cannot be
+# compared.
 #
 # ## Break it, 1: without EMA
 #
-# With momentum 0 the target encoder is a copy of the context encoder, renewed after every step. There
-# is still no gradient through the targets.
+# With momentum 0 the target encoder is a copy of the context encoder, renewed after every step.
+# There is still no gradient through the targets.
 #
-# > **Question.** Predict the four curves before you run the cell. Raise your hand: the loss will be
-# > lower, the same, higher? RankMe? 20-NN?
+# > **Question.** Predict the four curves before you run the cell, and write your prediction down.
+# > Will the loss be lower or higher than before? RankMe? Feature std? 20-NN?
 
 # %%
 torch.manual_seed(0)
@@ -152,10 +163,12 @@ drawing.curves(runs, TITLES)
 # %% [markdown]
 # ## Break it, 2: without stop-gradient
 #
-# Now the targets come from the context encoder itself, *with* gradients. Compare `IJEPA.targets` in
-# `ijepa.py`: `@torch.no_grad()` is gone, and `self.target_encoder` has become `self.encoder`.
-# Now the encoder can lower the loss in two ways: predict better, or make its output easier to
+# Now the targets come from the context encoder itself, *with* gradients. Compare `IJEPA.targets`
+# in `ijepa.py`: `@torch.no_grad()` is gone, and `self.target_encoder` has become `self.encoder`.
+# So the encoder can lower the loss in two ways: predict better, or make its own output easier to
 # predict.
+#
+# > **Question.** Which outputs are the easiest to predict?
 
 
 # %%
@@ -173,19 +186,98 @@ drawing.curves(runs, TITLES)
 # %%
 print(f"after {STEPS} steps            loss  20-NN  RankMe  feature std")
 for name, rows in runs.items():
-    row = rows[-1]
-    print(f"{name:24}{row['loss']:7.3f}{row['knn']:7.1f}{row['rankme']:8.1f}", end="")
-    print(f"{row['feature_std']:13.4f}")
+    loss, knn, rankme, std = (rows[-1][column] for column in TITLES)
+    print(f"{name:24}{loss:8.4f}{knn:7.1f}{rankme:8.1f}{std:13.4f}")
 
 # %% [markdown]
 # ## What a collapse looks like
 #
-# Here are the features of 40 validation images, compared with each other by cosine similarity. Bright
-# yellow means: these two images have the same features.
+# Here are 40 validation images. Each is compared with each by the cosine similarity of their
+# features. Bright yellow means that two images have the same features.
 
 # %%
 models = (model, without_ema, without_stop_gradient)
 shown = {"val": (dataset, val_idx[:40])}
-features = [probe.extract_splits(shown, m.target_encoder)["val"][0][:, -1] for m in models]
-similarities = [F.normalize(x, dim=1) @ F.normalize(x, dim=1).T for x in features]
-drawing.heatmaps(similarities, list(runs), "cosine similarity")
+figure, axes = plt.subplots(1, 3, figsize=(14, 4.6))
+for axis, name, network in zip(axes, runs, models, strict=True):
+    features, _ = probe.extract_splits(shown, network.target_encoder)["val"]  # (40, layers, 96)
+    x = F.normalize(features[:, -1], dim=1)
+    heat = axis.imshow(x @ x.T, cmap="cividis", vmin=0.5, vmax=1)
+    axis.set(title=name, xticks=(), yticks=())
+bar = figure.colorbar(heat, ax=axes, label="cosine similarity")
+
+# %% [markdown]
+# In both broken runs **all images have nearly the same features**. This is **collapse**. A
+# constant answer is easy to predict, so the loss is almost zero: far lower than in the run that
+# works.
+#
+# Which curve tells?
+#
+# | curve | does it show the collapse? |
+# |---|---|
+# | loss | No. It makes the broken runs look best. |
+# | 20-NN | Hardly, in so few steps. Exercise 2 shows why. |
+# | RankMe | Yes, within 100 steps, and without labels. |
+# | feature std | Yes, within 100 steps, and without labels. |
+#
+# So I-JEPA needs both: no gradient through the targets, *and* targets that follow slowly. A
+# constant would still give a loss of zero, but the training does not go there. Why that is so is
+# understood only in simple cases. The paper shows by experiment that it works.
+#
+# In practice: log RankMe or feature std in every run. `train.py` logs both.
+#
+# ## Exercises
+#
+# **1. Know your instruments.** What are RankMe and feature std if all images have the same
+# features? And if the features are Gaussian noise? Try it with 400 images and 96 features, and
+# with 4,000.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for count in (400, 4000):
+#     for name, x in ("equal", torch.ones(count, 96)), ("noise", torch.randn(count, 96)):
+#         print(f"{count} {name}: {probe.rankme(x):.1f} {probe.feature_std(x):.4f}")
+# ```
+#
+# Equal features: RankMe 1, std 0. Noise: std is the maximum, 0.102. RankMe is near 96, but with
+# 400 images it is lower than with 4,000. So compare RankMe only between equal numbers of images.
+#
+# </details>
+#
+# **2. Why does 20-NN survive?** Subtract the mean of the features from all features of a collapsed
+# run. Then measure again. What has happened to the images?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for name, network in zip(runs, models, strict=True):
+#     (x, labels), (val_x, val_labels) = probe.extract_splits(few, network.target_encoder).values()
+#     x, val_x, mean = x[:, -1], val_x[:, -1], x[:, -1].mean(dim=0)
+#     for shift in (0, mean):
+#         predicted = probe.knn_classify(x - shift, labels, val_x - shift, 10)
+#         accuracy, rank = probe.accuracy(predicted, val_labels), probe.rankme(val_x - shift)
+#         print(f"{name:24}{accuracy:6.1%}  RankMe {rank:5.1f}", end="")
+#         print(f"  std {probe.feature_std(val_x - shift):.4f}")
+# ```
+#
+# SOLUTION2
+#
+# </details>
+#
+# **3. Does whitening prevent the collapse?** Set `target_norm="whiten"`, as in the long run, and
+# train without EMA again. Whitening scales the targets so that all directions have the same
+# variance.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# torch.manual_seed(0)
+# whitened = IJEPA(replace(config, target_norm="whiten"))
+# runs["whitened, without EMA"] = train(whitened, momentum=0.0)
+# drawing.curves(dict(list(runs.items())[1:]), TITLES)
+# ```
+#
+# SOLUTION3
+#
+# </details>

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # 4. Linear probing: what has the encoder learned?
 #
-# An encoder was trained on CIFAR-10 without labels (notebook 3 shows its curves). We **freeze** it:
-# its weights no longer change. Then we ask how easily the classes can be found in its output. The
-# usual test is a *linear* classifier, called a **linear probe**.
+# An encoder was trained on CIFAR-10 without labels (notebook 3 shows its curves). We **freeze**
+# it: its weights no longer change. Then we ask how easily the classes can be found in its output.
+# The usual test is a *linear* classifier, called a **linear probe**.
 #
 # > **Question.** Why a linear classifier, and not a network with three layers?
 
@@ -44,7 +44,8 @@ train_labels, val_labels = dataset.labels[train_idx], dataset.labels[val_idx]
 print(f"{os.path.basename(DATA)}: {len(train_idx):,} training, {len(val_idx):,} validation images")
 
 # %% [markdown]
-# The encoder has never seen the validation images, neither with labels nor without.
+# The encoder has never seen the validation images, not even without labels. The saved outputs were
+# made with CIFAR-10, a JPEG copy.
 #
 # ## Load the encoder, and freeze it
 #
@@ -60,11 +61,11 @@ print(sum(p.numel() for p in encoder.parameters() if p.requires_grad))
 # %% [markdown]
 # ## Features
 #
-# The encoder turns an image into 64 tokens of 96 numbers. We average the tokens. So an image becomes
-# **96 numbers**: its features. A third candidate needs no encoder: the 3,072 pixel values.
+# The encoder turns an image into 64 tokens of 96 numbers. We average the tokens. So an image
+# becomes **96 numbers**: its features. A third candidate needs no encoder: the 3,072 pixel values.
 #
-# At the end, each feature is shifted and scaled to mean 0 and variance 1 on the training images. That
-# makes the classifier easier to train.
+# At the end, each feature is shifted and scaled to mean 0 and variance 1 on the training images.
+# That makes the classifier easier to train.
 
 
 # %%
@@ -84,8 +85,8 @@ for name, network in encoders.items():
 # %% [markdown]
 # ## The linear probe
 #
-# One `nn.Linear`, and an ordinary training loop. For an encoder, only 96 x 10 weights and 10 biases
-# are trained.
+# One `nn.Linear`, and an ordinary training loop. For an encoder, only 96 x 10 weights and 10
+# biases are trained.
 
 
 # %%
@@ -130,13 +131,19 @@ knn = {name: accuracy(train_labels[neighbors(*x)].mode().values) for name, x in 
 drawing.bars({"20-NN": knn, "linear probe": linear}, "validation accuracy, %")
 
 # %% [markdown]
-# TEXT
+# Read it from left to right. **Pixels** are the raw input. Look at the **untrained** encoder: its
+# layers are random, and still its features are not useless. So "better than chance" proves
+# nothing, and not even "better than pixels". The gain from **untrained** to **trained** is what
+# the encoder has learned, and no label was needed for it.
+#
+# `probe.py` does the same with all 45,000 training images, also with the last four layers, and
+# chooses the regularization on the validation images. Its numbers are in `results/README.md`.
 #
 # ## Nearest neighbours
 #
-# The first image of each row is a validation image. Beside it are the training images with the most
-# similar features. Blue titles: the same class. Orange titles: another class. The first four rows are
-# for pixels, the last four for the trained encoder.
+# The first image of each row is a validation image. Beside it are the training images with the
+# most similar features. Blue titles: the same class. Orange titles: another class. The first four
+# rows are for pixels, the last four for the trained encoder.
 
 # %%
 for name in ("pixels", "trained"):
@@ -152,7 +159,8 @@ for name in ("pixels", "trained"):
 # %% [markdown]
 # ## Which classes are confused?
 #
-# Row by row: how the linear probe on the trained encoder classifies the images of each class, in %.
+# Row by row: how the linear probe on the trained encoder classifies the images of each class, in
+# %.
 
 # %%
 count = len(dataset.classes)
@@ -161,12 +169,15 @@ matrix = torch.bincount(val_labels * count + predicted, minlength=count**2).view
 drawing.confusion(100 * matrix / matrix.sum(1, keepdim=True), dataset.classes)
 
 # %% [markdown]
-# TEXT
+# The diagonal is what is right. Look at the largest numbers beside it: cats and dogs, automobiles
+# and trucks. These mistakes are about shape and content, and you might make them, too, at 32 x 32
+# pixels.
 #
 # ## Few labels
 #
-# Images are cheap, labels are expensive. How many labels does the probe need? We train it again with
-# 1, 5, 20, 100 and 500 labels per class. The labels are drawn at random, so we average three draws.
+# Images are cheap, labels are expensive. How many labels does the probe need? We train it again
+# with 1, 5, 20, 100 and 500 labels per class. The labels are drawn at random, so we average three
+# draws.
 
 # %%
 curves = {name: [] for name in features}
@@ -182,6 +193,67 @@ drawing.curves(curves, {"accuracy": "linear probe, validation accuracy, %"}, "la
 plt.xscale("log")
 
 # %% [markdown]
-# TEXT
+# The horizontal axis is logarithmic. Compare the curves from left to right: how many labels per
+# class do pixels need, to reach what the trained encoder reaches with 20?
+#
+# This is why self-supervised learning is useful. The encoder has learned from images without
+# labels. A few labels are enough to name what it has found.
 #
 # ## Exercises
+#
+# **1. How many neighbours?** Measure the k-NN accuracy of the trained encoder for *k* = 1, 5, 20,
+# 100 and 300. Why is a very small *k* bad? Why is a very large one?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for k in (1, 5, 20, 100, 300):
+#     votes = train_labels[neighbors(*features["trained"], k)]
+#     print(f"k = {k:3}: {accuracy(votes.mode().values):.1f} %")
+# ```
+#
+# SOLUTION1
+#
+# </details>
+#
+# **2. More layers.** The last layer is not always the best one. `get_intermediate_layers(images,
+# 4)` of the encoder returns the tokens of all four layers. Average the tokens of each layer, and
+# train a linear probe on all 4 x 96 = 384 numbers.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# @torch.no_grad()
+# def extract_layers(indices):
+#     rows = []
+#     for images in eval_batches(dataset, indices):
+#         layers = encoder.get_intermediate_layers(images, 4)  # 4 tensors (B, 64, 96)
+#         rows.append(torch.cat([x.mean(dim=1) for x in layers], dim=1))
+#     return torch.cat(rows)  # (n, 384)
+#
+#
+# train_x, val_x = extract_layers(train_idx), extract_layers(val_idx)
+# mean, std = train_x.mean(0), train_x.std(0)
+# head = linear_probe((train_x - mean) / std, train_labels)
+# print(f"last layer {linear['trained']:.1f} %", end=", ")
+# print(f"four layers {accuracy(head((val_x - mean) / std).argmax(1)):.1f} %")
+# ```
+#
+# SOLUTION2
+#
+# </details>
+#
+# **3. What do pixels confuse?** Draw the confusion matrix of the linear probe on pixels. Which
+# mistakes does the trained encoder not make? Think of the colour of the background.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# predicted = heads["pixels"](features["pixels"][1]).argmax(1)
+# matrix = torch.bincount(val_labels * count + predicted, minlength=count**2).view(count, count)
+# drawing.confusion(100 * matrix / matrix.sum(1, keepdim=True), dataset.classes)
+# ```
+#
+# SOLUTION3
+#
+# </details>

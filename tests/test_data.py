@@ -41,7 +41,7 @@ def make_folder(root: Path, per_class: int, sizes=((40, 40),), split="train") ->
 def folder(tmp_path_factory):
     sizes = ((32, 32), (50, 30), (30, 60))
     root = make_folder(tmp_path_factory.mktemp("noise"), 20, sizes)
-    return data.load_dataset(str(root), "train", img_size=32)
+    return data.FolderDataset(root / "train", 32)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def damage(folder: data.FolderDataset, *indices: int) -> list[str]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_image_is_named_once_and_replaced(tmp_path, capfd, workers):
     root = make_folder(tmp_path, 100, sizes=((8, 8),))
-    folder = data.load_dataset(str(root), "train", img_size=8)
+    folder = data.FolderDataset(root / "train", 8)
     (path,) = damage(folder, 99)  # the last cat: its replacement is the first one
     for _ in range(2):
         images = torch.cat(list(data.eval_batches(folder, range(200), workers=workers)))
@@ -257,7 +257,7 @@ def test_damaged_image_is_named_once_and_replaced(tmp_path, capfd, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_damaged_images_are_refused(tmp_path, workers):
     root = make_folder(tmp_path, 100, sizes=((8, 8),))
-    folder = data.load_dataset(str(root), "train", img_size=8)
+    folder = data.FolderDataset(root / "train", 8)
     damage(folder, 0, 50, 150)
     with pytest.raises(data.UserError, match="3 of 200 images are damaged, more than 1 %"):
         list(data.eval_batches(folder, range(200), workers=workers))
@@ -265,9 +265,9 @@ def test_too_many_damaged_images_are_refused(tmp_path, workers):
 
 def test_folder_without_readable_image_is_refused(tmp_path):
     root = make_folder(tmp_path, 2)
-    folder = data.load_dataset(str(root), "train", img_size=8)
+    folder = data.FolderDataset(root / "train", 8)
     damage(folder, *range(4))
-    with pytest.raises(data.UserError, match="4 of 4 images are damaged"):
+    with pytest.raises(data.UserError, match="no readable image in class cat"):
         list(data.eval_batches(folder, range(4)))
 
 
@@ -286,7 +286,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no folder nowhere; named datasets are shapes, cifar10" in message("nowhere")
+    assert "no folder nowhere; named datasets are textures, cifar10" in message("nowhere")
     assert f"no folder {tmp_path / 'imagenet'}" in message("imagenet")
     assert f"expected {tmp_path / 'train'}/<class>/<image>.jpg" in message(tmp_path)
     (tmp_path / "train").mkdir()
@@ -321,7 +321,7 @@ def test_failed_download_names_what_needs_none(monkeypatch):
         raise OSError("network is unreachable")
 
     monkeypatch.setattr(datasets, "CIFAR100", offline)
-    with pytest.raises(data.UserError, match=r"unreachable.*--data shapes needs no download"):
+    with pytest.raises(data.UserError, match=r"unreachable.*--data textures needs no download"):
         data.load_dataset("cifar100", "train")
 
 
@@ -335,19 +335,24 @@ def test_validation_is_a_tenth_or_5000(labelled, n_val):
     assert (labels[val] >= 0).all()
 
 
-def test_shapes_are_a_function_of_seed_and_index():
-    images, labels = data.draw_shapes(0, torch.arange(50))
-    again, labels_again = data.draw_shapes(0, torch.tensor([7, 49, 0]))
-    assert torch.equal(again, images[[7, 49, 0]])
-    assert torch.equal(labels_again, labels[[7, 49, 0]])
-    other, _ = data.draw_shapes(1, torch.arange(50))
+def test_textures_are_a_function_of_the_seed():
+    images, labels = data.draw_textures(50, 0)
+    again, labels_again = data.draw_textures(50, 0)
+    assert torch.equal(again, images) and torch.equal(labels_again, labels)
+    other, _ = data.draw_textures(50, 1)
     assert len(torch.cat([images, other]).flatten(1).unique(dim=0)) == 100
 
 
-def test_shapes_have_all_kinds_and_separate_splits():
-    train, test = (data.shapes_dataset(split, count=300) for split in ("train", "test"))
-    assert train.labels.bincount(minlength=len(train.classes)).min() > 20
-    assert not torch.equal(train.images, test.images)
+def test_textures_have_all_classes():
+    _, labels = data.draw_textures(800, 0)
+    assert labels.bincount(minlength=len(data.TEXTURES)).min() > 50
+
+
+def test_small_images_of_a_folder_are_kept_in_memory(tmp_path):
+    root = make_folder(tmp_path, 3, sizes=((8, 8),))
+    dataset = data.load_dataset(str(root), "train", img_size=8)
+    assert isinstance(dataset, data.MemoryDataset)
+    assert torch.equal(dataset.images, data.FolderDataset(root / "train", 8).load(range(6)))
 
 
 # ------------------------------------------------------------ command line, files, processes

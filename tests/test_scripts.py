@@ -221,7 +221,7 @@ def test_finetune_is_reproducible(dataset, monkeypatch, capsys):
 
 
 def test_lars_probe_learns_bright_from_dark(dataset, monkeypatch, capsys):
-    call(monkeypatch, lars_probe, *dataset, "--epochs 6 --batch-size 16 --accum-steps 2")
+    call(monkeypatch, lars_probe, *dataset, "--epochs 15 --batch-size 16 --accum-steps 2")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split(":")[0] for line in lines] == ["last layer", "last 4 layers"]
     assert all(float(line.split("test ")[1].split(" %")[0]) > 90 for line in lines)
