@@ -120,6 +120,8 @@ def confusion(matrix, names) -> None:
     axis = plt.figure(figsize=(10, 8.5)).add_subplot(xlabel="predicted as", ylabel="class")
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
     for (i, j), value in zip((matrix > -1).nonzero().tolist(), matrix.flatten(), strict=True):
-        axis.text(j, i, f"{value:.0f}", color="white" if value > 60 else "black", ha="center", va="center")
+        axis.text(
+            j, i, f"{value:.0f}", color="white" if value > 60 else "black", ha="center", va="center"
+        )
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_yticks(range(len(names)), names)
