@@ -90,7 +90,7 @@ def method(image) -> None:
         axis.text(x, y, text, fontsize=16, **center)
 
 
-def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step") -> None:
+def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step", zero=True) -> None:
     """A panel for each column in `titles`, and in it a line for each run (its rows)."""
     size = (14 if len(titles) > 1 else 9, 4.6)
     figure, axes = plt.subplots(1, len(titles), figsize=size, squeeze=False)
@@ -99,7 +99,9 @@ def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step")
             shown = [row for row in rows if column in row]
             style = style if len(shown) < 50 else style[:-1]
             axis.plot([r[x] for r in shown], [r[column] for r in shown], style, label=name, ms=9)
-        axis.set(xlabel=x, title=title, ylim=(0, None))
+        axis.set(xlabel=x, title=title)
+        if zero:
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     if len(runs) > 1:
         handles, names = axis.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
