@@ -176,7 +176,7 @@ def train_val_split(dataset: Dataset) -> tuple[Tensor, Tensor]:
     The split does not depend on the run's seed. Otherwise an encoder trained with one seed could be
     evaluated on its own training images with another.
     """
-    # The key is that of the first release, so that its runs keep their validation images.
+    # With another key, the included weights would have seen their validation images.
     order = torch.randperm(len(dataset), generator=seeded_generator("hold out"))
     labeled = dataset.labels[order] >= 0
     order = torch.cat([order[labeled], order[~labeled]])
@@ -290,16 +290,18 @@ def train_batches(
         batch_size: images per step, over all processes and accumulation steps.
         crop_scale: range of a crop's fraction of the image area. (1, 1): no cropping.
         flip: horizontal flip, p = 0.5.
-    Yields:
-        images (b, 3, S, S) float32, normalized; then context_idx (b, K) and target_idx (b, M, T),
+    Returns:
+        An iterator over images (b, 3, S, S) float32, normalized; then context_idx (b, K) and
+        target_idx (b, M, T),
         or labels (b,) without masks.
     Raises:
-        UserError: if the batch cannot be divided, or more than 1 % of the images are damaged.
+        UserError: at once if the batch cannot be divided; later if more than 1 % of the images are
+            damaged.
     """
     n, parts = len(indices), accum_steps * world_size
     if batch_size % parts:
-        message = f"--batch-size {batch_size} is not a multiple of {parts}"
-        raise UserError(f"{message}, the number of processes times --accum-steps")
+        message = f"--batch-size {batch_size} is not a multiple of {parts}: choose"
+        raise UserError(f"{message} a multiple of {parts}, processes times --accum-steps")
 
     def batches() -> Iterator[list[Tensor]]:
         for step in steps:
@@ -323,8 +325,10 @@ def train_batches(
             yield from list(slices)[rank::world_size]
 
     loaded = _BatchDataset(dataset, crop_scale).loaded(batches(), device, workers)
-    for images, boxes, flips, *targets in loaded:
-        yield [crop_resize(normalize(images), boxes, flips), *targets]
+    return (
+        [crop_resize(normalize(images), boxes, flips), *targets]
+        for images, boxes, flips, *targets in loaded
+    )
 
 
 def eval_batches(

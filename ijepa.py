@@ -18,7 +18,7 @@ The algorithm: one training step (Section 3, Figure 3).
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-Small models whiten targets instead of the LayerNorm (D10). After training, the average of
+Small models whiten targets instead (D10). After training, the average of
 `target_encoder(images)` over the patches represents the image.
 
 Notation, used in every shape comment:
@@ -681,4 +681,4 @@ def build_model(config: IJEPAConfig) -> IJEPA:
 #                images work. Released: interpolated, assuming a class token that does not exist.
 # D9  (released) Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). Released: 40 from 2e-4.
 # D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, and all weights
-#                start with Xavier initialization. Measured in `results/README.md`.
+#                start with Xavier initialization. Measured with `vit_nano` in `results/README.md`.

@@ -537,7 +537,8 @@ def draw_neighbors(path: Path, splits: Splits, split: str, neighbors: Tensor, ma
     for axis, title in zip(axes[0], ("image", "context", "targets")[:shown], strict=False):
         axis.set_title(title, fontsize=9)
     title = "nearest training images: same class blue, other class orange"
-    axes[0, shown].set_title(title, fontsize=9, loc="left").set_in_layout(False)
+    note = axes[0, shown].annotate(title, (0, 1.05), xycoords="axes fraction", fontsize=9)
+    note.set_in_layout(False)  # or its length would push the columns apart
     _save(figure, path)
 
 
