@@ -119,7 +119,7 @@ def extract_features(
 def pixel_features(batches: Iterable[Tensor]) -> Tensor:
     """Raw pixels as features: (B, 3, S, S) each -> (n, 1, 3 * s * s) with s = S, at most 16.
 
-    16 pixels are as accurate as 32 on CIFAR-10, and four times as fast.
+    16 pixels are no less accurate than 32 on CIFAR-10 (20-NN 38.6 and 37.6 %), and faster.
     """
     rows = []
     for images in batches:
