@@ -26,10 +26,10 @@
 # | P | width of the predictor | 384 |
 
 # %%
+import math
 import sys
 
 import drawing
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torchvision.io import decode_image
@@ -76,18 +76,14 @@ print("tokens", tuple(tokens.shape), f"largest difference {(tokens - by_hand).ab
 # ## Step 2: positions
 #
 # Attention does not know the order of its tokens. So a fixed vector of sines and cosines is added
-# to each token: its position. Neighbours have similar positions. The figure compares the position
-# of one patch (the cross) with all others.
+# to each token: its position. Half of the numbers encode the column and half the row. The figure
+# compares the position of one patch (the cross) with all others. Patches nearby have similar
+# positions, and so have patches of the same row or column.
 
 # %%
+embedded = tokens + model.encoder.pos_embed  # (B, N, D)
 positions = F.normalize(model.encoder.pos_embed, dim=1)  # (N, D), scaled to length 1
-figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
-for axis, patch in zip(axes, (30, 91, 158), strict=True):
-    similarity = (positions @ positions[patch]).view(14, 14)
-    heat = axis.imshow(similarity, cmap="cividis", vmin=0.65, vmax=1)
-    axis.plot(patch % 14, patch // 14, "x", color=drawing.VERMILION, ms=16, mew=4)
-    axis.set_title(f"patch {patch}: row {patch // 14}, column {patch % 14}")
-bar = figure.colorbar(heat, ax=axes, label="cosine similarity")
+drawing.positions(positions @ positions.T, patches=(30, 91, 158))
 
 # %% [markdown]
 # ## Step 3: the context encoder sees the context only
@@ -96,7 +92,10 @@ bar = figure.colorbar(heat, ax=axes, label="cosine similarity")
 # context, and they cost no computation. To check it, we replace all hidden pixels by noise.
 
 # %%
-context = model.encoder(images, keep=context_idx)  # (B, K, D)
+context = embedded[:, context_idx[0]]  # (B, K, D)
+for layer in model.encoder.blocks:
+    context = layer(context)  # (B, K, D)
+context = model.encoder.norm(context)  # the same as model.encoder(images, keep=context_idx)
 visible = drawing.pixel_mask(context_idx[0], grid=14, size=224)
 noisy = torch.where(visible, images, torch.randn(images.shape))
 print("largest change:", (model.encoder(noisy, keep=context_idx) - context).abs().max().item())
@@ -105,13 +104,13 @@ print("largest change:", (model.encoder(noisy, keep=context_idx) - context).abs(
 # ## Step 4: the target encoder sees everything
 #
 # The target encoder is a second network of the same architecture. It gets the **whole** image, and
-# the blocks are cut from its *output*. So a target knows its surroundings. In Table 11 of the
-# paper, cutting blocks from the output gives 67.3 % accuracy, and cutting them from the input
-# 56.1 % (1 % of the ImageNet labels). LayerNorm then gives each target mean 0 and variance 1.
-# Nothing is recorded for gradients here (`no_grad`).
+# the blocks are cut from its *output*. So a target knows its surroundings. In Table 11 of the paper
+# (ViT-H/16, 1 % of the ImageNet labels), cutting from the output gives 67.3 % accuracy, and cutting
+# from the input 56.1 %. LayerNorm then gives each target mean 0 and variance 1. It is in the
+# released code, not in the paper (D1 in `ijepa.py`).
 
 # %%
-with torch.no_grad():
+with torch.no_grad():  # nothing is recorded for gradients
     whole = model.target_encoder(images)  # (B, N, D)
     normalized = F.layer_norm(whole, (768,))  # (B, N, D)
     targets = normalized[:, target_idx[0]]  # (B, M, T, D)
@@ -119,25 +118,36 @@ print("whole", tuple(whole.shape), "targets", tuple(targets.shape))
 
 # %% [markdown]
 # > **Question.** The target encoder starts as a copy of the context encoder. Why is
-# > `normalized[:, context_idx[0]]` not equal to `context`?
+# > `whole[:, context_idx[0]]` (before LayerNorm) not equal to `context`?
+#
+# <details><summary>Answer</summary>
+#
+# The weights are equal, the input is not. In the target encoder, each patch attends to all 196
+# patches. In the context encoder, it attends to the 49 of the context only.
+#
+# </details>
 #
 # ## Step 5: the predictor
 #
-# The predictor gets the context, and a **mask token** for each patch to predict: one learned
-# vector, the same for all patches, plus the position of the patch. It is a narrow ViT. It predicts
-# the four blocks one at a time, so each pass has K + T tokens.
+# The predictor is a narrow ViT. A linear layer makes the context narrower (D to P), and the
+# positions are added again. Each patch to predict gets a **mask token**: one learned vector, the
+# same for all patches, plus the position of the patch. A last linear layer goes back from P to D.
+# The four blocks are predicted one at a time, so each pass has K + T tokens.
 
 # %%
-mask_tokens = model.predictor.mask_token + model.predictor.predictor_pos_embed[target_idx]
+narrow_positions = model.predictor.predictor_pos_embed  # (N, P)
+narrow = model.predictor.predictor_embed(context) + narrow_positions[context_idx]  # (B, K, P)
+mask_tokens = model.predictor.mask_token + narrow_positions[target_idx[:, 0]]  # (B, T, P)
+print("tokens of block 1", tuple(torch.cat([narrow, mask_tokens], dim=1).shape))  # (B, K + T, P)
 predictions = model.predictor(context, context_idx, target_idx)  # (B, M, T, D)
-print("mask tokens", tuple(mask_tokens.shape), "predictions", tuple(predictions.shape))
+print("predictions", tuple(predictions.shape))
 
 # %% [markdown]
 # ## Step 6: the loss
 #
 # The loss is the distance between predictions and targets, averaged over all numbers. We use smooth
 # L1, as the released code does: half the square for distances below 1, and linear above. The paper
-# writes the squared distance (D1 in `ijepa.py`). `model(...)` runs steps 1 to 6 in one call.
+# writes the squared distance (D1). `model(...)` runs steps 1 to 6 in one call.
 
 # %%
 distance = (predictions - targets).abs()  # (B, M, T, D)
@@ -155,25 +165,25 @@ print(f"by hand {by_hand:.6f}, model(...) {loss:.6f}")
 loss.backward()
 norms = {}
 for network in ("encoder", "predictor", "target_encoder"):
-    for part, module in getattr(model, network).named_children():
-        gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-        norms[f"{network}: {part}"] = torch.tensor(gradients).norm().item()
+    for name, p in getattr(model, network).named_parameters():
+        part = f"{network}: {name.split('.')[0]}"
+        norm = 0 if p.grad is None else p.grad.norm().item()
+        norms[part] = math.hypot(norms.get(part, 0), norm)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), width_ratios=(1.7, 1))
-bars = left.barh(list(norms), list(norms.values()), color=drawing.CONTEXT)
-left.bar_label(bars, [f"{x:.3f}" if x else "no gradient" for x in norms.values()], padding=5)
-left.set(xlabel="norm of the gradient", ylim=(len(norms) - 0.4, -0.6))
-right.imshow(F.avg_pool2d(images.grad.abs().sum(1), 16)[0], cmap="cividis")
-title = right.set_title("gradient at the pixels")
+arrived = F.avg_pool2d(images.grad.abs().sum(1), 16)[0]  # (14, 14)
+print(f"{(arrived > 0).sum()} of 196 patches get a gradient")
+drawing.gradients(norms, arrived)
 
 # %% [markdown]
 # All parts of the context encoder and of the predictor get a gradient. The target encoder gets
-# none. This is called **stop-gradient**. On the right, the bright patches are the context. The dark
-# ones are exactly 0: no gradient has come back through the target encoder. With gradients there,
-# the two encoders could agree on one constant answer. The loss would be zero, and nothing would be
-# learned. That is **collapse** (notebook 3).
+# none. This is called **stop-gradient**. On the right, only the 49 patches of the context get a
+# gradient: none has come back through the target encoder. With gradients there, the two encoders
+# could agree on one constant answer. The loss would be zero, and nothing would be learned. That is
+# **collapse** (notebook 3).
 #
 # ## Step 8: the optimizer moves encoder and predictor
+#
+# AdamW's first step moves nearly every weight by the learning rate, 0.001.
 
 # %%
 trained = [*model.encoder.parameters(), *model.predictor.parameters()]
@@ -181,7 +191,7 @@ optimizer = torch.optim.AdamW(trained, lr=1e-3)
 weight = model.encoder.blocks[0].mlp.fc1.weight  # (3072, 768), one of the matrices
 before = weight.detach().clone()
 optimizer.step()
-print(f"this matrix has moved by {(weight - before).norm():.3f}")
+print(f"this matrix has moved by {(weight - before).norm() / before.norm():.1%} of its norm")
 
 # %% [markdown]
 # ## Step 9: the target encoder follows (EMA)
