@@ -102,7 +102,6 @@ SMALL = {"init": "xavier", "target_norm": "whiten"}  # ours, for 32-pixel images
 MODELS = {
     #              image patch   D  layers heads  P  layers of the predictor
     "vit_nano": IJEPAConfig(32, 4, 96, 4, 3, 48, 2, **SMALL),
-    "vit_micro": IJEPAConfig(32, 4, 160, 4, 4, 64, 2, **SMALL),
     "vit_tiny": IJEPAConfig(32, 4, 192, 12, 3, 96, 4, **SMALL),
     "vit_small": IJEPAConfig(32, 4, 384, 12, 6, 192, 6, **SMALL),
     # The paper's (Appendix A.1).

@@ -153,12 +153,8 @@ SMALL_RECIPE = Recipe(
 NANO_RECIPE = replace(
     SMALL_RECIPE, epochs=20, batch_size=24, momentum=(0.998, 0.998), data="textures"
 )
-MICRO_RECIPE = replace(
-    NANO_RECIPE, data="cifar10", crop_scale=(0.6, 1.0), epochs=40, final_lr=1.0
-)  # a constant learning rate: the run may be stopped at any time
 RECIPES = {
     "vit_nano": NANO_RECIPE,
-    "vit_micro": MICRO_RECIPE,
     "vit_tiny": SMALL_RECIPE,
     "vit_small": SMALL_RECIPE,
     "vit_huge": Recipe(epochs=300),

@@ -28,7 +28,9 @@ def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.Not
     resources = {"metadata": {"path": str(HERE)}}
     options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources=resources, **options).execute(env=env)
-    notebook.metadata = {k: notebook.metadata[k] for k in ("jupytext", "kernelspec")}
+    # Without jupytext's metadata, saving in JupyterLab does not rewrite the .py file.
+    kernel = notebook.metadata["kernelspec"]
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         if any(WIDGET in output.get("data", {}) for output in cell.get("outputs", ())):
             text = {"text/plain": "(Run this cell to get the sliders.)"}  # they need a kernel
