@@ -187,7 +187,10 @@ try_masks()
 # %%
 ranges = {"image": (0, 3), "scale": (0.05, 0.4, 0.025), "aspect": (0.5, 2.0, 0.1)}
 ranges |= {"num_targets": (1, 8), "context_size": (7, 98, 7), "seed": (0, 20)}
-ipywidgets.interactive(try_masks, **ranges)
+sliders = ipywidgets.interactive(try_masks, **ranges)
+for slider in sliders.children[:-1]:  # all but the output
+    slider.style.description_width = "initial"  # whole names
+sliders
 
 # %% [markdown]
 # ## How large can *K* be?
