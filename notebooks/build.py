@@ -26,7 +26,12 @@ def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.Not
     if fast:
         env["IJEPA_DATA"] = "textures"  # needs no download
     resources = {"metadata": {"path": str(HERE)}}
-    options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
+    options = {
+        "timeout": 600,
+        "startup_timeout": 300,
+        "record_timing": False,
+        "coalesce_streams": True,
+    }
     NotebookClient(notebook, resources=resources, **options).execute(env=env)
     # Without jupytext's metadata, saving in JupyterLab does not rewrite the .py file.
     kernel = notebook.metadata["kernelspec"]
