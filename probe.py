@@ -587,7 +587,7 @@ def draw_patch_pca(path: Path, encoders: dict[str, ViT], dataset, indices: Tenso
         line[0].set_ylabel(name, fontsize=9)
         for axis, image in zip(line, shown, strict=True):
             _show(axis, image)
-    figure.suptitle("Patch features: first three principal components as colors", fontsize=10)
+    figure.suptitle("Patch features as colors\n(3 principal components)", fontsize=10)
     _save(figure, path)
 
 
@@ -626,7 +626,9 @@ class ProbeConfig:
     baselines: bool = option(True, "also evaluate raw pixels and an untrained encoder")
     online: bool = option(False, "evaluate the context encoder, not the EMA target encoder")
     seed: int = option(0, "of the untrained encoder and of the low-shot draws")
-    out: str | None = option(None, "folder for probe.json and figures; default: the encoder's")
+    out: str | None = option(
+        None, "folder for probe.json and figures; default: the encoder's, or runs/probe_NAME"
+    )
     device: str | None = option(None, "cpu, cuda or cuda:1; default: a GPU if there is one")
     bf16: bool = option(False, "compute features in bfloat16")
     batch_size: int = option(500, "images per forward pass")
@@ -635,6 +637,10 @@ class ProbeConfig:
 
 def load_splits(config: ProbeConfig, architecture: IJEPAConfig, info: dict) -> Splits:
     """The splits that the options and the checkpoint name. Raises UserError."""
+    if any(n is not None and n < 1 for n in (config.train_images, config.labels_per_class)):
+        raise UserError("--train-images and --labels-per-class start at 1")
+    if config.batch_size < 1 or config.workers < 0:
+        raise UserError("--batch-size starts at 1, --workers at 0")
     data = config.data or info["train_config"].get("data")
     if data is None:
         raise UserError(f"{info['file']} does not say what it was trained on: add --data")
@@ -648,7 +654,7 @@ def load_splits(config: ProbeConfig, architecture: IJEPAConfig, info: dict) -> S
 
 
 def main() -> None:
-    config = parse_args(ProbeConfig, __doc__.splitlines()[0])
+    config = parse_args(ProbeConfig, __doc__)
     encoder, architecture, info = load_encoder(config.encoder, config.online)
     splits = load_splits(config, architecture, info)
     num_classes = len(splits["train"][0].classes)
@@ -679,7 +685,9 @@ def main() -> None:
     print(f"\nAccuracy in %, validation / test\n{format_table(rows)}")
 
     included = WEIGHTS in Path(info["file"]).parents  # their folder is not for output
-    out = Path(config.out or (f"runs/{config.encoder}" if included else Path(info["file"]).parent))
+    out = Path(
+        config.out or (f"runs/probe_{config.encoder}" if included else Path(info["file"]).parent)
+    )
     out.mkdir(parents=True, exist_ok=True)
     result = {"options": asdict(config), "encoder": info, "images": sizes, "rows": rows}
     with atomic_write(out / "probe.json") as temporary:

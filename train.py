@@ -174,8 +174,15 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
     config = replace(config, out=config.out or f"runs/{config.model}_{Path(data).name}")
     same = {f.name for f in fields(IJEPAConfig)} & given.keys()
     low, high = config.crop_scale
-    if min(config.batch_size, config.accum_steps) < 1 or not 0 < low <= high <= 1:
-        raise UserError("--batch-size and --accum-steps start at 1, --crop-scale is within 0 to 1")
+    for wrong, message in (
+        (min(config.batch_size, config.accum_steps) < 1, "--batch-size, --accum-steps start at 1"),
+        (not 0 < low <= high <= 1, "--crop-scale is within 0 to 1, the smaller number first"),
+        (not all(0 <= m <= 1 for m in config.momentum), "--momentum is within 0 to 1"),
+        (config.eval_every <= 0, "--eval-every is above 0 epochs"),
+        ((config.workers or 0) < 0, "--workers starts at 0"),
+    ):
+        if wrong:
+            raise UserError(message)
     try:
         architecture = replace(MODELS[config.model], **{name: given[name] for name in same})
         make_masks(config, architecture)
@@ -325,6 +332,10 @@ def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
     Raises UserError if there is no readable checkpoint, or if an option contradicts it.
     """
     out = resolve(config)[0].out
+    if not Path(out, "last.pt").exists():
+        raise UserError(
+            f"{out}/last.pt does not exist: leave out --resume, or name the run by --out"
+        )
     checkpoint = probe.load_checkpoint(Path(out, "last.pt"))
     try:
         saved = TrainConfig(**checkpoint["config"])
@@ -410,7 +421,10 @@ class Log:
     )  # fmt: skip
 
     def __init__(self, out: Path, start_step: int, config: TrainConfig):
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be created: {error.strerror}") from error
         self.path, self.rows = out / "log.csv", []
         if start_step:  # rows after the checkpoint belong to steps that run again
             with self.path.open() as file:

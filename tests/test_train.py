@@ -230,7 +230,9 @@ def test_description_comes_before_training(reference, images):
 def test_loss_falls_on_textures(tmp_path, monkeypatch):
     textures = data.MemoryDataset(*data.draw_textures(400, 0), list(data.TEXTURES))
     monkeypatch.setattr(data, "textures_dataset", lambda split, size: textures)
-    options = "--predictor-depth 1 --batch-size 24 --warmup-epochs 1 --momentum 0.99 0.99"
+    options = (
+        "--epochs 3 --predictor-depth 1 --batch-size 24 --warmup-epochs 1 --momentum 0.99 0.99"
+    )
     run(*options.split(), "--device", "cpu", "--out", tmp_path / "run")
     loss = [float(row["val_loss"]) for row in log_of(tmp_path / "run") if row["val_loss"]]
     assert loss[-1] < 0.95 * loss[0]
@@ -422,7 +424,10 @@ def refused(capsys, *options) -> str:
         ("--target-scale 0.9 0.2", "0.9 to 0.2"),
         ("--accum-steps 3", "choose a multiple of 3"),
         ("--epochs 0.01", "less than one batch of 8"),
-        ("--resume", "last.pt does not exist"),
+        ("--resume", "last.pt does not exist: leave out --resume"),
+        ("--momentum 2 2", "--momentum is within 0 to 1"),
+        ("--eval-every 0", "--eval-every is above 0"),
+        ("--workers -1", "--workers starts at 0"),
         ("--device tpu", "--device tpu"),
         ("--data nowhere", "there is no folder nowhere"),
     ],
