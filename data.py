@@ -292,8 +292,7 @@ def train_batches(
         flip: horizontal flip, p = 0.5.
     Returns:
         An iterator over images (b, 3, S, S) float32, normalized; then context_idx (b, K) and
-        target_idx (b, M, T),
-        or labels (b,) without masks.
+        target_idx (b, M, T), or labels (b,) without masks.
     Raises:
         UserError: at once if the batch cannot be divided; later if more than 1 % of the images are
             damaged.

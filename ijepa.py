@@ -18,8 +18,8 @@ The algorithm: one training step (Section 3, Figure 3).
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-Small models whiten targets instead (D10). After training, the average of
-`target_encoder(images)` over the patches represents the image.
+Small models whiten targets instead (D10). After training, the average of `target_encoder(images)`
+over the patches represents the image.
 
 Notation, used in every shape comment:
 

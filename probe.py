@@ -392,8 +392,6 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "architecture", "model", "step"} - checkpoint.keys()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} was not loaded: it is damaged, or holds code") from None
     except Exception as error:  # a damaged or foreign file can fail in any way
@@ -685,9 +683,8 @@ def main() -> None:
     print(f"\nAccuracy in %, validation / test\n{format_table(rows)}")
 
     included = WEIGHTS in Path(info["file"]).parents  # their folder is not for output
-    out = Path(
-        config.out or (f"runs/probe_{config.encoder}" if included else Path(info["file"]).parent)
-    )
+    beside = f"runs/probe_{config.encoder}" if included else Path(info["file"]).parent
+    out = Path(config.out or beside)
     out.mkdir(parents=True, exist_ok=True)
     result = {"options": asdict(config), "encoder": info, "images": sizes, "rows": rows}
     with atomic_write(out / "probe.json") as temporary:

@@ -23,15 +23,15 @@ def style() -> None:
     })  # fmt: skip
 
 
-def load_images(name: str, size: int = 32):
+def load_images(name: str):
     """The training images of CIFAR-10 or of a folder; and True in the tests, which use few."""
-    from data import UserError, load_dataset
+    from data import UserError, load_dataset  # the notebook has made them importable by now
 
     try:
-        data = load_dataset(os.environ.get("IJEPA_DATA", name), "train", "../data", size)
-    except UserError:
+        data = load_dataset(os.environ.get("IJEPA_DATA", name), "train", "../data", img_size=32)
+    except UserError as error:
         file = "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz"
-        raise SystemExit(f"No images. Put {file} into ../data.") from None
+        raise SystemExit(f"No images: {error}. Put {file} into ../data.") from None
     return data, os.environ.get("IJEPA_FAST") == "1"
 
 
