@@ -77,18 +77,10 @@ class IJEPAConfig:
     norm_eps: float = 1e-6
     init: str = "normal"  # or "xavier": for small models (D10)
     target_norm: str = "layer"  # or "whiten": for small models (D10)
-    # Other losses and targets, see `AblationIJEPA`.
-    loss: str = "smooth_l1"  # or "l2" (D1)
-    target: str = "representation"  # or "pixels" (Table 7)
-    target_mask: str = "output"  # or "input" (Table 11)
 
     def __post_init__(self):
         patch_grid(self.img_size, self.patch_size)
-        for name, allowed in (
-            ("init", ("normal", "xavier")), ("target_norm", ("layer", "whiten")),
-            ("loss", ("smooth_l1", "l2")), ("target", ("representation", "pixels")),
-            ("target_mask", ("output", "input")),
-        ):  # fmt: skip
+        for name, allowed in ("init", ("normal", "xavier")), ("target_norm", ("layer", "whiten")):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose from {allowed}")
         for dim in (self.embed_dim, self.predictor_dim):
@@ -279,7 +271,6 @@ class Predictor(nn.Module):
     def __init__(self, config: IJEPAConfig):
         super().__init__()
         c, dim = config, config.predictor_dim
-        pixels = c.patch_size**2 * c.in_chans
         self.predictor_embed = nn.Linear(c.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = sincos_positions(dim, patch_grid(c.img_size, c.patch_size))  # (N, P)
@@ -288,7 +279,7 @@ class Predictor(nn.Module):
             Block(dim, c.num_heads, 4.0, c.norm_eps) for _ in range(c.predictor_depth)
         )
         self.predictor_norm = nn.LayerNorm(dim, eps=c.norm_eps)
-        self.predictor_proj = nn.Linear(dim, pixels if c.target == "pixels" else c.embed_dim)
+        self.predictor_proj = nn.Linear(dim, c.embed_dim)
         init_weights(self, c.init)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -338,7 +329,7 @@ class MaskCollator:
 
     The M target blocks have one shape per batch and a position each. The context is a large block
     minus the targets, reduced at random to K patches. All sizes are equal within a batch, so masks
-    are index tensors.
+    are index tensors. The other strategies of Table 6 are in `scripts/ablations.py`.
 
     Args:
         grid: patches, a side or (rows, columns).
@@ -571,99 +562,11 @@ class Whitening(nn.Module):
             self.matrix.copy_((vectors * values.rsqrt()) @ vectors.T)
 
 
-# ------------------------------------------------------------------- ablations
-# The paper's L2 loss (D1), and what the paper compares its method with.
-
-
-class AblationIJEPA(IJEPA):
-    """Other losses and targets: the fields `loss`, `target` and `target_mask` of the config."""
-
-    def __init__(self, config: IJEPAConfig):
-        super().__init__(config)
-        if (config.target, config.target_mask) != ("representation", "output"):
-            # Whitening needs the statistics of whole images, so LayerNorm replaces it.
-            self.target_norm = nn.LayerNorm(config.embed_dim, elementwise_affine=False)
-
-    @torch.no_grad()
-    def targets(self, images: Tensor, target_idx: Tensor) -> Tensor:
-        """(B, C, H p, W p) and (B, M, T) -> (B, M, T, D), or (B, M, T, p p C) for pixels."""
-        c, num_targets = self.config, target_idx.shape[1]
-        if c.target == "pixels":  # Table 7; normalized per patch as in MAE, the paper does not say
-            p = c.patch_size
-            x = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)  # (B, N, p p C)
-            x = gather_tokens(F.layer_norm(x, x.shape[-1:]), target_idx.flatten(1))
-            return rearrange(x, "b (m t) d -> b m t d", m=num_targets)
-        if c.target_mask == "output":
-            return super().targets(images, target_idx)
-        # The target encoder sees one block alone (Table 11).
-        images = images.repeat_interleave(num_targets, dim=0)  # (B M, C, H p, W p)
-        x = self.target_encoder(images, keep=target_idx.flatten(0, 1))  # (B M, T, D)
-        return rearrange(self.target_norm(x), "(b m) t d -> b m t d", m=num_targets)
-
-    def distance(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        distance = F.mse_loss if self.config.loss == "l2" else F.smooth_l1_loss
-        return distance(predictions, targets)
-
-
-class RandomMasks(MaskCollator):
-    """Scattered patches: one target of `target_scale`, the context from the rest (Table 6)."""
-
-    def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
-        count = (torch.linspace(*scale, 32, dtype=torch.float64) * self.num_patches).round().long()
-        if self.num_targets * count.max() >= self.num_patches:
-            raise ValueError(f"{self.num_targets} random targets of this scale leave no context")
-        return torch.stack([torch.ones_like(count), count.clamp(min=1)], dim=1)
-
-    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
-        order = torch.rand(batch, self.num_patches, generator=generator).argsort(1)
-        return order[:, : self.num_targets * width].view(batch, self.num_targets, width)
-
-
-class RasterizedMasks(MaskCollator):
-    """Three quadrants of the image are predicted from the fourth (Table 6)."""
-
-    def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
-        if any(side % 2 for side in self.grid) or self.num_targets != 3:
-            raise ValueError("rasterized masks are 3 quadrants of a grid with even sides")
-        return torch.tensor([[self.grid[0] // 2, self.grid[1] // 2]])
-
-    def _targets(self, batch: int, height: int, width: int, generator) -> Tensor:
-        quadrant = torch.rand(batch, 4, generator=generator).argsort(1)[:, :3]  # (B, 3)
-        return self._block_patches(quadrant // 2 * height, quadrant % 2 * width, height, width)
-
-
-STRATEGIES = {  # Table 6: class, targets, scale of targets and context block, limit of K
-    "multiblock": (MaskCollator, 4, (0.15, 0.2), (0.85, 1.0), 0.25),
-    "rasterized": (RasterizedMasks, 3, (0.25, 0.25), (1.0, 1.0), 0.25),
-    "block": (MaskCollator, 1, (0.6, 0.6), (1.0, 1.0), 1.0),
-    "random": (RandomMasks, 1, (0.6, 0.6), (1.0, 1.0), 1.0),
-}
-
-
-def build_masks(
-    grid: int | Pair, strategy: str = "multiblock", num_targets: int | None = None,
-    target_scale: Range | None = None, context_scale: Range | None = None,
-    context_size: int | None = None,
-) -> MaskCollator:  # fmt: skip
-    """The collator of a strategy; what is None takes the strategy's value (Table 6)."""
-    collator, targets, scale, context, limit = STRATEGIES[strategy]
-    scales = {"target_scale": target_scale or scale, "context_scale": context_scale or context}
-    size = {"context_size": context_size, "max_context": limit}
-    return collator(grid, targets if num_targets is None else num_targets, **scales, **size)
-
-
-def build_model(config: IJEPAConfig) -> IJEPA:
-    """`IJEPA`, or `AblationIJEPA` if the config asks for anything that the method does not do."""
-    method = (config.loss, config.target, config.target_mask)
-    default = method == ("smooth_l1", "representation", "output")
-    return IJEPA(config) if default else AblationIJEPA(config)
-
-
 # --------------------------------------------------------------------------------- differences
 # From the paper and from the code its authors released, on purpose:
 #
 # D1  (paper)    Targets are LayerNormed and the loss is smooth L1, averaged over all elements, as
-#                released. The paper sums squared differences (`loss="l2"`) and does not normalize.
+#                released. The paper sums squared differences and does not normalize.
 # D2  (paper)    Weight decay follows a cosine, as released; the paper says "linearly".
 # D3  (released) Blocks are placed uniformly over the whole grid. As released, the last row and
 #                column are never used, and the context block starts in the top left corner.

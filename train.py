@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -44,12 +45,9 @@ from data import (
 from ijepa import (
     IJEPA,
     MODELS,
-    STRATEGIES,
     IJEPAConfig,
     MaskCollator,
     Range,
-    build_masks,
-    build_model,
     learning_rate,
     parameter_groups,
     patch_grid,
@@ -87,30 +85,16 @@ class TrainConfig:
     momentum: Range | None = option(None, "of the EMA, at the start and at the end", "optimization")
     seed: int = option(0, "of initial weights, order, crops and masks", "optimization")
 
-    masks: str = option("multiblock", "strategy (Table 6)", "masks and ablations", [*STRATEGIES])
-    num_targets: int | None = option(None, "target blocks (Table 10)", "masks and ablations")
+    num_targets: int | None = option(None, "target blocks (Table 10)", "masks and targets")
     target_scale: Range | None = option(
-        None, "area of a target block, fraction of the grid (Table 8)", "masks and ablations"
+        None, "area of a target block, fraction of the grid (Table 8)", "masks and targets"
     )
     context_scale: Range | None = option(
-        None, "area of the context block, fraction of the grid (Table 9)", "masks and ablations"
+        None, "area of the context block, fraction of the grid (Table 9)", "masks and targets"
     )
-    context_size: int | None = option(None, "context patches per image", "masks and ablations")
-    target: str = option(
-        "representation", "what to predict (Table 7)", "masks and ablations",
-        ["representation", "pixels"],
-    )  # fmt: skip
-    target_mask: str = option(
-        "output", "where targets are cut (Table 11)", "masks and ablations", ["output", "input"]
-    )
+    context_size: int | None = option(None, "context patches per image", "masks and targets")
     target_norm: str | None = option(
-        None, "normalization of the targets (D10)", "masks and ablations", ["layer", "whiten"]
-    )
-    loss: str = option(
-        "smooth_l1",
-        "distance of predictions to targets (D1)",
-        "masks and ablations",
-        ["smooth_l1", "l2"],
+        None, "normalization of the targets (D10)", "masks and targets", ["layer", "whiten"]
     )
 
     device: str | None = option(None, "cpu or cuda; default: a GPU if there is one", "hardware")
@@ -197,8 +181,14 @@ EVAL_IMAGES = 10_000  # training images that k-NN and linear probes learn from, 
 LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only here or at evaluations
 
 
-def train(config: TrainConfig, world: Distributed) -> int:
-    """One run, from the options to the final evaluation. Returns the exit code of the process."""
+def train(
+    config: TrainConfig, world: Distributed,
+    method: type[IJEPA] = IJEPA, collator: Callable[..., MaskCollator] = MaskCollator,
+) -> int:  # fmt: skip
+    """One run, from the options to the final evaluation. Returns the exit code of the process.
+
+    `scripts/ablations.py` passes other classes than the method's.
+    """
     config, checkpoint = resume(config) if config.resume else (config, None)
     config, architecture, recipe = resolve(config)
     out, device = Path(config.out), world.device
@@ -208,7 +198,7 @@ def train(config: TrainConfig, world: Distributed) -> int:
     with main_process_first(world):  # it may download
         dataset = load_dataset(config.data, "train", config.data_dir, architecture.img_size)
     train_idx, _ = train_val_split(dataset)
-    masks = make_masks(config, architecture)
+    masks = make_masks(config, architecture, collator)
     epoch_steps = len(train_idx) / config.batch_size
     total_steps = round(config.epochs * epoch_steps)
     eval_steps = max(1, round(config.eval_every * epoch_steps))
@@ -217,7 +207,7 @@ def train(config: TrainConfig, world: Distributed) -> int:
         raise UserError(f"--epochs {config.epochs} is less than one batch of {config.batch_size}")
 
     torch.manual_seed(config.seed)
-    model = build_model(architecture).to(device)
+    model = method(architecture).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, recipe.beta2), fused=True)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -289,6 +279,7 @@ def train(config: TrainConfig, world: Distributed) -> int:
             if world.is_main:
                 print(f"stopped at step {done} of {total_steps}: continue with --resume")
             return 128 + (stop.number or signal.SIGTERM)
+    stop.restore()
     if world.is_main:
         finish(log, config, architecture, model, validation, masks)
     return 0
@@ -308,16 +299,11 @@ def schedules(config: TrainConfig, recipe: Recipe, step: int, total_steps: int, 
 # ------------------------------------------------------------------- checking, resuming, saving
 
 
-def make_masks(config: TrainConfig, architecture: IJEPAConfig) -> MaskCollator:
-    """The masks of a run. Raises ValueError if the grid of patches is too small for them."""
-    return build_masks(
-        patch_grid(architecture.img_size, architecture.patch_size),
-        config.masks,
-        config.num_targets,
-        config.target_scale,
-        config.context_scale,
-        context_size=config.context_size,
-    )
+def make_masks(config: TrainConfig, architecture: IJEPAConfig, collator=MaskCollator):
+    """The collator of a run. Raises ValueError if the grid of patches is too small for it."""
+    names = ("num_targets", "target_scale", "context_scale", "context_size")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return collator(patch_grid(architecture.img_size, architecture.patch_size), **given)
 
 
 FREE = {  # options that may change when a run resumes, because they do not change the result
@@ -371,8 +357,15 @@ class StopSignal:
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
+        self.previous = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def restore(self) -> None:
+        """After the last step, when everything is saved: a signal stops the process at once."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, _) -> None:
         self.number = number

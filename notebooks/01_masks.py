@@ -33,7 +33,8 @@ from torchvision.io import decode_image
 sys.path.insert(0, "..")  # ijepa.py is in the parent folder
 import drawing
 
-from ijepa import MaskCollator, build_masks
+from ijepa import MaskCollator
+from scripts.ablations import STRATEGIES
 
 drawing.style()
 names = ("chelsea", "astronaut", "coffee", "temple")
@@ -145,7 +146,7 @@ drawing.row(photos, target_idx, titles=["four targets"] * 4)
 
 # %%
 paper = {"multiblock": 54.2, "rasterized": 15.5, "block": 20.2, "random": 17.6}  # accuracy in %
-samples = [build_masks(14, name).sample(1, torch.Generator().manual_seed(15)) for name in paper]
+samples = [STRATEGIES[name](14).sample(1, torch.Generator().manual_seed(15)) for name in paper]
 contexts, targets = zip(*[(context[0], blocks[0]) for context, blocks in samples], strict=True)
 drawing.row(photos[[1] * 4], contexts, drawing.CONTEXT, list(paper))
 drawing.row(photos[[1] * 4], targets, titles=[f"M = {len(t)}" for t in targets])

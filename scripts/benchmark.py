@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import UserError, distributed, option, parse_args, run_main
-from ijepa import MODELS, build_model, parameter_groups, to_pair
+from ijepa import IJEPA, MODELS, parameter_groups, to_pair
 from probe import load_encoder
 from train import TrainConfig, make_masks, resolve
 
@@ -43,7 +43,7 @@ def step_times(config: BenchmarkConfig, device: torch.device) -> list[float]:
     recipe, architecture, _ = resolve(TrainConfig(model=config.model))
     masks = make_masks(recipe, architecture)
     torch.manual_seed(0)
-    model = build_model(architecture).to(device)
+    model = IJEPA(architecture).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=True)
     if config.compile:
         for layer in (*model.encoder.blocks, *model.predictor.predictor_blocks):

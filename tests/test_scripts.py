@@ -1,7 +1,10 @@
-"""Scripts: weights from and to other projects, fine-tuning, the LARS probe and the benchmark."""
+"""Scripts: conversion, fine-tuning, the LARS probe, the ablations and the benchmark."""
 
+import csv
 import functools
+import itertools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import IJepaModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import ablations
 import benchmark
 import convert
 import finetune
@@ -248,3 +252,140 @@ def test_script_errors_are_one_line(dataset, monkeypatch, capsys):
         assert "54 labeled" in error(module, *dataset, "--batch-size 64")
         monkeypatch.setattr(module, name, None)
         assert "needs timm: pip install" in error(module)
+
+
+# -------------------------------------------------------------------------------------- ablations
+
+
+@pytest.fixture
+def batch():
+    """Images (3, 3, 16, 16), context_idx (3, 5) and target_idx (3, 2, 4)."""
+    order = torch.rand(3, 16).argsort(1)
+    return torch.randn(3, 3, 16, 16), order[:, :5].sort(1).values, order[:, 5:13].view(3, 2, 4)
+
+
+def with_random_weights(model: IJEPA) -> IJEPA:
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=0.05, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("target_norm", ["layer", "whiten"])
+def test_pixel_targets_are_normalized_patches(batch, target_norm):
+    images, _, target_idx = batch
+    model = ablations.PixelTargets(replace(TINY, target_norm=target_norm))
+    targets = model.targets(images, target_idx)
+    assert targets.shape == (3, 2, 4, 48)
+    for b, m, t in itertools.product(range(3), range(2), range(4)):
+        y, x = divmod(target_idx[b, m, t].item(), 4)
+        patch = images[b, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].permute(1, 2, 0).flatten()
+        expected = (patch - patch.mean()) / (patch.var(correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(targets[b, m, t], expected, atol=1e-5, rtol=1e-5)
+    model(*batch).backward()
+    model.update_target(0.9)
+
+
+@pytest.mark.parametrize(
+    "method, context_matters", [(IJEPA, True), (ablations.InputMasking, False)]
+)
+def test_targets_know_their_surroundings(batch, method, context_matters):
+    images, context_idx, target_idx = batch
+    model = with_random_weights(method(TINY))
+    targets = model.targets(images, target_idx)
+    assert targets.shape == (3, 2, 4, 24)
+    chosen = torch.zeros(3, 16).scatter(1, context_idx, 1.0).view(3, 1, 4, 4)
+    chosen = torch.nn.functional.interpolate(chosen, scale_factor=4).bool()
+    repainted = model.targets(torch.where(chosen, torch.randn_like(images), images), target_idx)
+    assert torch.equal(repainted, targets) == (method is ablations.InputMasking)
+    if method is ablations.InputMasking:  # one block alone, normalized
+        block = model.target_encoder(images, keep=target_idx[:, 1])
+        expected = torch.nn.functional.layer_norm(block, (24,))
+        torch.testing.assert_close(targets[:, 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_l2_loss(batch):
+    model = with_random_weights(ablations.L2Loss(TINY))
+    context = model.encoder(batch[0], batch[1])
+    predictions = model.predictor(context, *batch[1:])
+    expected = (predictions - model.targets(batch[0], batch[2])).square().mean()
+    torch.testing.assert_close(model(*batch), expected)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (14, 14), (6, 10)])
+@pytest.mark.parametrize("strategy, num_targets", [("rasterized", 3), ("block", 1), ("random", 1)])
+def test_masks_of_the_other_strategies(strategy, num_targets, grid):
+    masks, n = ablations.STRATEGIES[strategy](grid), math.prod(grid)
+    context_idx, target_idx = masks.sample(100, torch.Generator().manual_seed(0))
+    assert context_idx.shape == (100, masks.context_size)
+    assert target_idx.shape[:2] == (100, num_targets)
+    assert min(context_idx.min(), target_idx.min()) >= 0
+    assert max(context_idx.max(), target_idx.max()) < n
+    for context, blocks in zip(context_idx, target_idx, strict=True):
+        assert len(context.unique()) == masks.context_size
+        assert not set(context.tolist()) & set(blocks.flatten().tolist())
+        assert len(blocks.unique()) == blocks.numel()
+        if strategy == "random":
+            assert blocks.numel() == round(0.6 * n)
+            continue
+        rows, columns = blocks // grid[1], blocks % grid[1]
+        height, width = (x.amax(1) - x.amin(1) + 1 for x in (rows, columns))
+        assert (height * width == blocks.shape[1]).all()  # rectangles
+        if strategy == "rasterized":
+            assert (height == grid[0] // 2).all() and (width == grid[1] // 2).all()
+            assert (rows.amin(1) % (grid[0] // 2) == 0).all()
+            assert (columns.amin(1) % (grid[1] // 2) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "collator, settings, message",
+    [
+        (ablations.RasterizedMasks, {"grid": (7, 8), "num_targets": 3}, "even sides"),
+        (ablations.RasterizedMasks, {"grid": 8, "num_targets": 2}, "3 quadrants"),
+        (ablations.RandomMasks, {"grid": 8, "target_scale": (1.0, 1.0)}, "leave no context"),
+    ],
+)
+def test_impossible_masks_are_refused(collator, settings, message):
+    with pytest.raises(ValueError, match=message):
+        collator(**settings)
+
+
+def test_ablations_train_every_row_once(monkeypatch, tmp_path, capsys):
+    """Each row with its classes and options; finished runs are kept, a stopped one resumes."""
+    calls = {}
+
+    def fake_train(run, world, method, collator):
+        folder = Path(run.out)
+        folder.mkdir(parents=True)
+        result = {"name": "trained", "knn": 0.5, "linear": 0.25, "linear_4": 0.75, "rankme": 9.0}
+        (folder / "result.json").write_text(json.dumps({"rows": [result]}))
+        calls[folder.name] = run, method, collator
+        return 0
+
+    monkeypatch.setattr(ablations, "train", fake_train)
+    options = ["--data textures --epochs 2 --seeds 3 5 --out", tmp_path]
+    call(monkeypatch, ablations, *options)
+    assert len(calls) == 2 * len(ablations.ROWS)
+    for (name, row), seed in itertools.product(ablations.ROWS.items(), (3, 5)):
+        run, method, collator = calls[f"{name.replace(' ', '_')}_seed{seed}"]
+        assert (method, collator) == (row.method, row.collator)
+        assert (run.data, run.epochs, run.seed, run.resume) == ("textures", 2, seed, False)
+        assert all(getattr(run, key) == value for key, value in row.options.items())
+    with (tmp_path / "ablations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["row"], r["seed"]) for r in rows] == [(n, s) for s in "35" for n in ablations.ROWS]
+    assert rows[0]["linear_4"] == "0.7500"
+    assert "I-JEPA          50.0    25.0    75.0" in capsys.readouterr().out
+
+    calls.clear()
+    folder = tmp_path / "pixels_seed3"
+    (folder / "result.json").rename(folder / "last.pt")  # as if stopped
+    monkeypatch.setattr(ablations, "train", lambda run, *_: calls.update(run=run) or 143)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, ablations, *options)
+    assert stopped.value.code == 143
+    assert calls["run"].resume and calls["run"].out == str(folder)
+
+
+def test_ablations_refuse_an_unknown_row(monkeypatch, capsys):
+    message = error_line(capsys, monkeypatch, ablations, "--only pixel")
+    assert "no row ['pixel']" in message and "I-JEPA" in message

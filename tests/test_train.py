@@ -25,7 +25,7 @@ from PIL import Image
 import data
 import probe
 import train
-from ijepa import MODELS, build_model
+from ijepa import IJEPA, MODELS
 
 SCRIPT = Path(train.__file__)
 # 4 x 4 patches, 81 training and 9 validation images: 30 steps, evaluated at 8, 16, 24 and 30.
@@ -134,7 +134,7 @@ def assert_close_run(ours: Path, theirs: Path) -> None:
     """Equal but for rounding; weights relative to how far training has moved them."""
     a, b = load(ours), load(theirs)
     torch.manual_seed(b["config"]["seed"])
-    start = build_model(replace(MODELS["vit_nano"], **b["architecture"])).state_dict()
+    start = IJEPA(replace(MODELS["vit_nano"], **b["architecture"])).state_dict()
     assert a["step"] == b["step"]
     for name, value in b["model"].items():
         values = [a["model"][name], value, start[name]]
@@ -211,7 +211,7 @@ def test_final_table_equals_the_probe(reference, images):
 
 def test_untrained_encoder_is_where_training_starts():
     torch.manual_seed(3)
-    start = build_model(MODELS["vit_nano"]).target_encoder.state_dict()
+    start = IJEPA(MODELS["vit_nano"]).target_encoder.state_dict()
     assert_equal(start, probe.untrained_encoder(MODELS["vit_nano"], 3).state_dict())
 
 
@@ -291,6 +291,14 @@ def test_signals_save_and_stop(tmp_path, images, number, code, capsys):
     assert load(tmp_path / "run")["step"] == 20
     assert "stopped at step 20 of 30: continue with --resume" in capsys.readouterr().out
     assert signal.getsignal(number) == signal.SIG_DFL  # a second one stops at once
+
+
+def test_ctrl_c_in_the_final_evaluation_stops_at_once(tmp_path, images):
+    options = ["--data", images, *SMALL, "--epochs", 0.1, "--out", tmp_path / "run"]
+    interrupt = mock.patch.object(train, "finish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with interrupt, pytest.raises(SystemExit) as stopped:
+        run(*options, finish=True)
+    assert stopped.value.code == 130
 
 
 def start(*options) -> multiprocessing.Process:
@@ -419,7 +427,7 @@ def refused(capsys, *options) -> str:
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--img-size 18", "18x18 pixels do not divide into patches of 4"),
         ("--predictor-dim 50", "width 50 must be divisible"),
-        ("--masks rasterized --num-targets 4", "3 quadrants"),
+        ("--num-targets 0", "0 targets"),
         ("--context-size 15", "Lower the context size"),
         ("--target-scale 0.9 0.2", "0.9 to 0.2"),
         ("--accum-steps 3", "choose a multiple of 3"),
