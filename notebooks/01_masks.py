@@ -145,13 +145,13 @@ drawing.row(photos, target_idx, titles=["four targets"] * 4)
 # > **Question.** Which strategy is the hardest task? Which one teaches most?
 
 # %%
-paper = {"multiblock": 54.2, "rasterized": 15.5, "block": 20.2, "random": 17.6}  # accuracy in %
-samples = [STRATEGIES[name](14).sample(1, torch.Generator().manual_seed(15)) for name in paper]
+samples = [masks(14).sample(1, torch.Generator().manual_seed(15)) for masks in STRATEGIES.values()]
 contexts, targets = zip(*[(context[0], blocks[0]) for context, blocks in samples], strict=True)
-drawing.row(photos[[1] * 4], contexts, drawing.CONTEXT, list(paper))
+drawing.row(photos[[1] * 4], contexts, drawing.CONTEXT, list(STRATEGIES))
 drawing.row(photos[[1] * 4], targets, titles=[f"M = {len(t)}" for t in targets])
 
 # %%
+paper = {"multiblock": 54.2, "rasterized": 15.5, "block": 20.2, "random": 17.6}
 print(*(f"{name}: {accuracy} %" for name, accuracy in paper.items()), sep="   ")
 
 # %% [markdown]
@@ -161,9 +161,9 @@ print(*(f"{name}: {accuracy} %" for name, accuracy in paper.items()), sep="   ")
 #
 # The reasons are the paper's view and ours. Large targets hold parts of objects, not just colors
 # and edges. A context that is spread over the image says something about each of them.
-# **multiblock** has both. **random** has no large targets: a single hidden patch can be guessed
-# from its neighbors. **rasterized** has no spread context, and is the hardest task. **block** has
-# one target so large that most of it is far from any context.
+# **multiblock** has both. **random** hides as much as **block**, but scattered: most hidden patches
+# can be guessed from their neighbors. **rasterized** has no spread context, and is the hardest
+# task. **block** has one target so large that most of it is far from any context.
 #
 # ## Try it yourself
 #
@@ -212,9 +212,9 @@ legend = axis.legend(frameon=False)
 
 # %% [markdown]
 # No *K* above 31 fits all 2,000 contexts, but 49 fits 99.5 % of them. It is the paper's average, a
-# quarter (Table 6). Our average is 46 %. The paper also says that all contexts on one GPU are
-# restricted to the same size (Appendix A.1). The released code cuts them to the *smallest* context
-# of the batch. Exercise 2 shows what that does to the average.
+# quarter (Table 6). The contexts that we have drawn have 46 % on average. The paper also says that
+# all contexts on one GPU are restricted to the same size (Appendix A.1). The released code cuts
+# them to the *smallest* context of the batch. Exercise 2 shows what that does to the average.
 #
 # ## Small images: an 8 x 8 grid
 #

@@ -16,9 +16,10 @@
 # whether the network learns something useful?**
 #
 # CIFAR-10 has 50,000 training and 10,000 test images of 32 x 32 pixels in ten classes. 5,000 of the
-# training images are our validation images. We train on 5,000 of the other 45,000. (Our copy was
-# compressed as JPEG, which changes the pixels a little.) I-JEPA never sees the classes. We use them
-# only to measure.
+# training images are our validation images. We train on 5,000 of the other 45,000. The first run
+# downloads 170 MB into the folder `data`. (The outputs below are from a copy that was compressed as
+# JPEG, so your numbers will differ a little.) I-JEPA never sees the classes. We use them only to
+# measure.
 
 # %%
 import csv
@@ -121,12 +122,14 @@ drawing.curves(runs, TITLES)
 #
 # The encoder that comes with this repository was trained by `train.py` for 20 epochs on all 45,000
 # images. It differs from our short run in more than its length. The targets are *whitened*:
-# decorrelated, so that all directions have about the same variance (exercise 3). AdamW's beta2 is
-# 0.98 instead of 0.999. Batch size, momentum and learning rate differ, too, and are printed below.
-# So we cannot say which of them causes a difference to our curves.
+# decorrelated, so that all directions have about the same variance (exercise 3). AdamW averages
+# squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size, momentum and
+# learning rate differ, too, and are printed below. So we cannot say which of them causes a
+# difference to our curves.
 #
 # Here 20-NN uses 10,000 training images, and RankMe 5,000 validation images. So do not compare
-# these numbers with those above, only along the curve. (The axes do not start at 0.)
+# these numbers with those above, only along the curve. The validation loss is the loss on
+# validation images, always with the same masks. (The axes do not start at 0.)
 #
 # > **Question.** Before you run the cell: the loss is the only number that the optimizer sees. How
 # > will it develop over 20 epochs? And k-NN accuracy?
@@ -149,15 +152,15 @@ print("images per step", round(45_000 * last["epoch"] / last["step"]), end=", ")
 print(f"momentum {last['momentum']}, highest learning rate {most:.2g}, last {last['lr']:.2g}")
 
 # %% [markdown]
-# After the first epochs both losses *rise*, and 20-NN accuracy and RankMe rise, too. In the second
-# half, all four fall. How can a network get better while its loss gets worse?
+# Until about epoch 10 both losses mostly *rise*, and 20-NN accuracy and RankMe rise, too. Later all
+# four fall. How can a network get better while its loss gets worse?
 #
 # Our explanation: the targets come from the network itself. If they hold more about the image, they
 # are harder to predict. **So the loss does not say how good the representation is**, and losses of
 # different runs cannot be compared. RankMe follows 20-NN closely here, and needs no labels.
 #
 # The encoder in this repository is the checkpoint of epoch 14, near the top of the 20-NN curve.
-# With a linear probe on all four layers (notebook 4), the last one is as good
+# By a linear probe on all four layers (notebook 4), the checkpoint of epoch 20 is as good
 # (`results/README.md`).
 #
 # ## Break it, 1: without EMA
@@ -231,18 +234,19 @@ drawing.similarities(matrices, "cosine similarity")
 
 # %% [markdown]
 # In both broken runs **all images have nearly the same features**. This is **collapse**. A constant
-# answer is easy to predict, so the loss is almost zero.
+# answer is easy to predict, so the loss is small at the end.
 #
 # What is wrong with such an encoder? Our reading, which we have not measured: the differences that
-# are left are mostly what the random weights gave at the start. With a loss of almost zero there is
-# nothing left to learn from. So 20-NN may look fine now, but it has no reason to get better.
+# are left are mostly what the random weights gave at the start. While the loss is almost zero,
+# there is little to learn from. So 20-NN may look fine now, but it has no reason to get better.
+# (With 400 images and one seed, do not conclude that collapse helps.)
 #
 # Which curve tells?
 #
 # | curve | does it show the collapse? |
 # |---|---|
 # | loss | No. A broken run can look best. |
-# | 20-NN | No. The broken runs are not clearly worse. Exercise 2 shows why. |
+# | 20-NN | No. The run without stop-gradient even has the highest. Exercise 2 shows why. |
 # | RankMe | Yes, and without labels. It falls below 3. |
 # | feature std | Yes, and without labels. It falls to a tenth or less. |
 #

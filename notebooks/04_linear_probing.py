@@ -45,8 +45,9 @@ train_labels, val_labels = dataset.labels[train_idx], dataset.labels[val_idx]
 
 # %% [markdown]
 # No label was used in training. But we chose the checkpoint by 20-NN on these validation images, so
-# the numbers are slightly too good. For a clean number, use the test images (`probe.py`). (Our copy
-# of CIFAR-10 was compressed as JPEG, which changes the pixels a little.)
+# the numbers are slightly too good. For a clean number, use the test images (`probe.py`). (The
+# outputs below are from a copy of CIFAR-10 that was compressed as JPEG, so your numbers will differ
+# a little.)
 #
 # ## Load the encoder, and freeze it
 #
@@ -124,7 +125,8 @@ for name, (train_x, val_x) in features.items():
 # For each validation image we look for the 20 training images with the most similar features, by
 # cosine similarity. The class that occurs most often among them is the prediction. (In the long run
 # of notebook 3 and in `probe.py`, more similar images count more, features are not shifted and
-# scaled, and all 5,000 validation images are used. So their numbers differ from these.)
+# scaled, and all 5,000 validation images are used; `probe.py` also learns from all 45,000 training
+# images. So their numbers differ from these.)
 #
 # > **Question.** Guess before you run the cell: how accurate are pixels, the untrained encoder and
 # > the trained one? Chance is 10 %.
@@ -157,13 +159,14 @@ drawing.bars({"20-NN": knn, "linear probe": linear}, "validation accuracy, %")
 # all validation images.
 
 # %%
-for name in ("pixels", "trained"):
-    nearest = neighbors(*features[name])  # (2000, 20)
-    same = (train_labels[nearest] == val_labels[:, None]).float().mean()
+nearest = {name: neighbors(*features[name]) for name in ("pixels", "trained")}  # (2000, 20) each
+for name, idx in nearest.items():
+    same = (train_labels[idx] == val_labels[:, None]).float().mean()
     print(f"{name}: {same:.0%} of the 20 neighbors of an image are of its class")
-    for label in (0, 1, 3, 7):  # airplane, automobile, cat, horse
-        query = (val_labels == label).nonzero()[1, 0]
-        shown = torch.cat([val_idx[query, None], train_idx[nearest[query, :7]]])
+for label in (0, 1, 3, 7):  # airplane, automobile, cat, horse
+    query = (val_labels == label).nonzero()[1, 0]
+    for name, idx in nearest.items():
+        shown = torch.cat([val_idx[query, None], train_idx[idx[query, :7]]])
         labels = dataset.labels[shown]
         colors = [drawing.BLUE if x == label else drawing.VERMILION for x in labels]
         titles = [dataset.classes[x] for x in labels]
@@ -172,7 +175,8 @@ for name in ("pixels", "trained"):
 # %% [markdown]
 # Pixels find images that are light and dark at the same positions. The trained encoder finds
 # images with similar structure: things on a white background, vehicles on a street, fine leaves
-# and grass. More of these are of the same class, but by far not all.
+# and grass. Over all images, more of these are of the same class (see the printed numbers), but by
+# far not all. For this airplane, pixels do better.
 #
 # ## Which classes are confused?
 #
@@ -269,7 +273,7 @@ drawing.draws(found, numbers, "labels per class", "validation accuracy, %")
 # Four layers are some points better. The last layer of the encoder serves the predictor: it has to
 # hold what the predictor needs, not what a classifier needs. Part of the content is easier to find
 # in the layers before. The paper also uses the last four layers for some of its linear probes
-# (Appendix A.1).
+# (Appendix A.2).
 #
 # </details>
 #
