@@ -18,8 +18,8 @@ The algorithm: one training step (Section 3, Figure 3).
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-Small models whiten targets instead (D10). After training, the average of `target_encoder(images)`
-over the patches represents the image.
+Small models whiten in step 2, instead of LayerNorm (D10). After training, the average of
+`target_encoder(images)` over the patches represents the image.
 
 Notation, used in every shape comment:
 
@@ -355,9 +355,9 @@ class MaskCollator:
         for low, high in (target_scale, context_scale):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"a block's scale is a range within 0 to 1, not {low} to {high}")
-        self.target_shapes = self._target_shapes(target_scale, target_aspect)  # (S, 2)
-        self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (S, 2)
-        self.context_size = self._check_context_size(context_size, max_context)  # K
+        self.target_shapes = self._target_shapes(target_scale, target_aspect)  # (steps^2, 2)
+        self.context_shapes = block_shapes(self.grid, context_scale, (1.0, 1.0))  # (steps^2, 2)
+        self.context_size = self._choose_context_size(context_size, max_context)  # K
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None):
         """Masks for a batch: `context_idx` (B, K) and `target_idx` (B, M, T), int64 on the CPU.
@@ -367,7 +367,7 @@ class MaskCollator:
         pick = torch.randint(len(self.target_shapes), (1,), generator=generator)
         shape = self.target_shapes[pick.item()].tolist()
         target_idx, free = self._draw(batch_size, shape, generator)
-        # Draw again where fewer than K patches are left (D6): at most half in each round.
+        # Draw again where fewer than K patches are left (D6), about half of them or fewer.
         while len(redo := (free.sum(1) < self.context_size).nonzero()[:, 0]):
             target_idx[redo], free[redo] = self._draw(len(redo), shape, generator)
         # K of the free patches, every subset equally likely (D5).
@@ -393,7 +393,7 @@ class MaskCollator:
         return self._block_patches(top, left, height, width)
 
     def _corners(self, height, width, size: tuple[int, int], generator) -> tuple[Tensor, Tensor]:
-        """Top left corners of blocks, uniform over all positions where they fit (D3)."""
+        """Top left corners of `size` blocks, uniform over all positions where they fit (D3)."""
         top, left = torch.rand(2, *size, generator=generator)
         rows, columns = self.grid
         return (top * (rows - height + 1)).long(), (left * (columns - width + 1)).long()
@@ -405,9 +405,10 @@ class MaskCollator:
         return (top * columns + left)[..., None] + offsets.flatten()
 
     def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
+        """Other strategies override this and `_targets`, see `scripts/ablations.py`."""
         return block_shapes(self.grid, scale, aspect)
 
-    def _check_context_size(self, wanted: int | None, limit: float) -> int:
+    def _choose_context_size(self, wanted: int | None, limit: float) -> int:
         """K: `wanted` if at least half of the draws reach it; otherwise the default."""
         largest = max(self.target_shapes.tolist(), key=math.prod)
         _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
@@ -442,7 +443,10 @@ class IJEPA(nn.Module):
             self.target_norm = Whitening(math.prod(self.encoder.grid), config.embed_dim)
 
     def forward(self, images: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
-        """The loss (Section 3), a scalar: images (B, C, H p, W p), masks (B, K) and (B, M, T)."""
+        """The loss (Section 3), a scalar: images (B, C, H p, W p), masks (B, K) and (B, M, T).
+
+        Images have the size of the config, for which predictor and whitening are made.
+        """
         targets = self.targets(images, target_idx)  # (B, M, T, D)
         context = self.encoder(images, keep=context_idx)  # (B, K, D)
         predictions = self.predictor(context, context_idx, target_idx)  # (B, M, T, D)
@@ -460,17 +464,17 @@ class IJEPA(nn.Module):
         return rearrange(x, "b (m t) d -> b m t d", m=target_idx.shape[1])
 
     def distance(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Smooth L1, averaged over all elements (D1)."""
+        """Smooth L1, averaged over all elements (D1). Ablations override it, and `targets`."""
         return F.smooth_l1_loss(predictions, targets)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """EMA after each optimizer step: target <- momentum * target + (1 - momentum) * encoder."""
+        """After each optimizer step: target <- momentum * target + (1 - momentum) * encoder."""
         pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
         for target, online in pairs:
             target.lerp_(online, 1 - momentum)
         if isinstance(self.target_norm, Whitening):
-            self.target_norm.update()
+            self.target_norm.update()  # its statistics follow, too
 
 
 # ------------------------------------------------------------------- schedules (Appendix A.1)
@@ -515,9 +519,10 @@ def parameter_groups(model: IJEPA) -> list[dict]:
 class Whitening(nn.Module):
     """Targets that hold only content: centered per position and decorrelated (D10).
 
-    x -> (x - mean[position]) (covariance + shrinkage * mean variance * I)^(-1/2), with running
-    statistics of the target encoder's output. The mean of a position is what the predictor can say
-    without looking at the image. Whitening then gives rare directions the weight of common ones.
+    x -> (x - mean[position]) (covariance + shrinkage * mean variance * I)^(-1/2) (ZCA), with
+    running statistics of the target encoder's output. The mean of a position is what the predictor
+    can say without looking at the image. Whitening then gives rare directions the weight of common
+    ones.
     """
 
     def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
@@ -580,8 +585,11 @@ class Whitening(nn.Module):
 #                20 failed draws the context may overlap the targets.
 # D7  (released) Output weights of the branches of layer l are divided by sqrt(2 l). Released: the
 #                same, but a second initialization undoes it.
-# D8  (released) Positions are computed for the grid at hand, so other image sizes and non-square
-#                images work. Released: interpolated, assuming a class token that does not exist.
+# D8  (released) The encoder computes positions for the grid at hand, so it takes other image sizes
+#                and non-square images. Released: interpolated, assuming a class token that does
+#                not exist.
 # D9  (released) Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). Released: 40 from 2e-4.
 # D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, and all weights
-#                start with Xavier initialization. Measured with `vit_nano` in `results/README.md`.
+#                start with Xavier initialization. Their recipes (`train.py`) also differ: flips,
+#                constant weight decay and momentum, batch size, beta2, final learning rate.
+#                Measured with `vit_nano` in `results/README.md`.

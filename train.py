@@ -60,7 +60,7 @@ from ijepa import (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every option of a run. None: the value of the model's recipe, or what the help says."""
+    """Every option of a run. None: the model's value (MODELS, RECIPES), or what the help says."""
 
     model: str = option("vit_nano", "architecture and recipe", "model", choices=[*MODELS])
     patch_size: int | None = option(None, "side of a patch in pixels", "model")
@@ -156,7 +156,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
     given = {name: value for name, value in asdict(config).items() if value is not None}
     config = replace(config, **{name: given.get(name, getattr(recipe, name)) for name in fill})
     config = replace(config, out=config.out or f"runs/{config.model}_{Path(data).name}")
-    same = {f.name for f in fields(IJEPAConfig)} & given.keys()
+    overrides = {f.name for f in fields(IJEPAConfig)} & given.keys()  # of the architecture
     low, high = config.crop_scale
     for wrong, message in (
         (min(config.batch_size, config.accum_steps) < 1, "--batch-size, --accum-steps start at 1"),
@@ -168,8 +168,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
         if wrong:
             raise UserError(message)
     try:
-        architecture = replace(MODELS[config.model], **{name: given[name] for name in same})
-        make_masks(config, architecture)
+        architecture = replace(MODELS[config.model], **{name: given[name] for name in overrides})
+        make_masks(config, architecture)  # only to refuse a grid that is too small
     except ValueError as error:
         raise UserError(str(error)) from error
     return config, architecture, recipe
@@ -184,12 +184,13 @@ LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only here
 def train(
     config: TrainConfig, world: Distributed,
     method: type[IJEPA] = IJEPA, collator: Callable[..., MaskCollator] = MaskCollator,
+    name: str = "I-JEPA",
 ) -> int:  # fmt: skip
     """One run, from the options to the final evaluation. Returns the exit code of the process.
 
-    `scripts/ablations.py` passes other classes than the method's.
+    `scripts/ablations.py` passes other classes than the method's, and a name for them.
     """
-    config, checkpoint = resume(config) if config.resume else (config, None)
+    config, checkpoint = resume(config, name) if config.resume else (config, None)
     config, architecture, recipe = resolve(config)
     out, device = Path(config.out), world.device
     if checkpoint is None and (out / "last.pt").exists():
@@ -272,7 +273,7 @@ def train(
                 row |= validation.metrics(model, masks)
             log.add(row)
             if evaluate or stopping or now - saved > 60 * config.save_every:
-                save(out / "last.pt", config, architecture, done, model, optimizer)
+                save(out / "last.pt", name, config, done, model, optimizer)
                 saved = now
             logged = time.monotonic()
         if stopping and done < total_steps:
@@ -312,7 +313,7 @@ FREE = {  # options that may change when a run resumes, because they do not chan
 }  # fmt: skip
 
 
-def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
+def resume(config: TrainConfig, name: str) -> tuple[TrainConfig, dict]:
     """The saved options of the run in --out, and its checkpoint.
 
     Raises UserError if there is no readable checkpoint, or if an option contradicts it.
@@ -327,6 +328,8 @@ def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
         saved = TrainConfig(**checkpoint["config"])
     except TypeError as error:
         raise UserError(f"{out} was trained by another version of train.py: {error}") from error
+    if checkpoint["name"] != name:
+        raise UserError(f"{out} is a run of scripts/ablations.py: resume it there")
     defaults = TrainConfig()
     for field in fields(TrainConfig):
         given, value = getattr(config, field.name), getattr(saved, field.name)
@@ -339,11 +342,12 @@ def resume(config: TrainConfig) -> tuple[TrainConfig, dict]:
     return replace(saved, **changed | {"out": out, "resume": True}), checkpoint
 
 
-def save(path: Path, config, architecture, step: int, model, optimizer) -> None:
+def save(path: Path, name: str, config, step: int, model, optimizer) -> None:
     """Write a checkpoint; `path` is replaced only when it is complete."""
     state = {
+        "name": name,
         "config": asdict(config),
-        "architecture": asdict(architecture),
+        "architecture": asdict(model.config),
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

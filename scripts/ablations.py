@@ -1,4 +1,4 @@
-"""The paper's ablations at a small scale: one training run per row and seed, one table.
+"""Ablations of the paper (Tables 6, 7, 10 and 11) at a small scale: a run per row and seed.
 
     python scripts/ablations.py --data cifar10 --epochs 15 --seeds 0 1
     python scripts/ablations.py --data cifar10 --epochs 15 --only pixels random
@@ -78,7 +78,7 @@ class InputMasking(IJEPA):
 
 
 class RandomMasks(MaskCollator):
-    """Scattered patches: one target of `target_scale`, the context from the rest."""
+    """Each target is a set of scattered patches; the context is drawn from the rest."""
 
     def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
         count = (torch.linspace(*scale, 32, dtype=torch.float64) * self.num_patches).round().long()
@@ -105,7 +105,7 @@ class RasterizedMasks(MaskCollator):
 
 
 ONE_TARGET = {"num_targets": 1, "target_scale": (0.6, 0.6), "max_context": 1.0}
-WHOLE = {"context_scale": (1.0, 1.0)}  # the context is what the targets leave of the whole image
+WHOLE = {"context_scale": (1.0, 1.0)}  # the context block is the whole image, minus the targets
 STRATEGIES = {
     "multiblock": MaskCollator,
     "rasterized": partial(RasterizedMasks, num_targets=3, **WHOLE),
@@ -125,6 +125,8 @@ class Row:
     options: dict = field(default_factory=dict)  # of train.py
 
 
+# "pixels" and "input mask" do without whitening: compare them with "layer norm", too. On a grid of
+# 8x8 the context has 16 patches beside one to three targets, and 14 beside four.
 ROWS = {
     "I-JEPA": Row(),
     "pixels": Row(PixelTargets),
@@ -160,16 +162,17 @@ def run_folder(config: AblationsConfig, name: str, seed: int) -> Path:
 def train_once(config: AblationsConfig, name: str, seed: int, world: Distributed) -> None:
     """Train one row with one seed, unless its result exists."""
     out, row = run_folder(config, name, seed), ROWS[name]
+    run = TrainConfig(
+        model=config.model, data=config.data, data_dir=config.data_dir, epochs=config.epochs,
+        seed=seed, out=str(out), resume=(out / "last.pt").exists(), **row.options,
+    )  # fmt: skip
     if (out / "result.json").exists():
+        saved = json.loads((out / "result.json").read_text())["config"]
+        for key in ("model", "data", "epochs"):
+            if saved[key] != getattr(run, key):
+                raise UserError(f"{out} was trained with {key} {saved[key]}: choose another --out")
         return
-    if (out / "last.pt").exists():
-        run = TrainConfig(model=config.model, out=str(out), resume=True)
-    else:
-        run = TrainConfig(
-            model=config.model, data=config.data, data_dir=config.data_dir,
-            epochs=config.epochs, seed=seed, out=str(out), **row.options,
-        )  # fmt: skip
-    if code := train(run, world, row.method, row.collator):
+    if code := train(run, world, row.method, row.collator, name):
         sys.exit(code)  # stopped by a signal
 
 

@@ -24,6 +24,7 @@ import convert
 import finetune
 import lars_probe
 
+import train
 from data import run_main
 from ijepa import IJEPA, IJEPAConfig, ViT
 from probe import load_encoder, save_encoder
@@ -353,12 +354,12 @@ def test_ablations_train_every_row_once(monkeypatch, tmp_path, capsys):
     """Each row with its classes and options; finished runs are kept, a stopped one resumes."""
     calls = {}
 
-    def fake_train(run, world, method, collator):
+    def fake_train(run, world, method, collator, name):
         folder = Path(run.out)
         folder.mkdir(parents=True)
         result = {"name": "trained", "knn": 0.5, "linear": 0.25, "linear_4": 0.75, "rankme": 9.0}
-        (folder / "result.json").write_text(json.dumps({"rows": [result]}))
-        calls[folder.name] = run, method, collator
+        (folder / "result.json").write_text(json.dumps({"config": asdict(run), "rows": [result]}))
+        calls[folder.name] = run, method, collator, name
         return 0
 
     monkeypatch.setattr(ablations, "train", fake_train)
@@ -366,8 +367,8 @@ def test_ablations_train_every_row_once(monkeypatch, tmp_path, capsys):
     call(monkeypatch, ablations, *options)
     assert len(calls) == 2 * len(ablations.ROWS)
     for (name, row), seed in itertools.product(ablations.ROWS.items(), (3, 5)):
-        run, method, collator = calls[f"{name.replace(' ', '_')}_seed{seed}"]
-        assert (method, collator) == (row.method, row.collator)
+        run, *passed = calls[f"{name.replace(' ', '_')}_seed{seed}"]
+        assert passed == [row.method, row.collator, name]
         assert (run.data, run.epochs, run.seed, run.resume) == ("textures", 2, seed, False)
         assert all(getattr(run, key) == value for key, value in row.options.items())
     with (tmp_path / "ablations.csv").open() as file:
@@ -389,3 +390,13 @@ def test_ablations_train_every_row_once(monkeypatch, tmp_path, capsys):
 def test_ablations_refuse_an_unknown_row(monkeypatch, capsys):
     message = error_line(capsys, monkeypatch, ablations, "--only pixel")
     assert "no row ['pixel']" in message and "I-JEPA" in message
+
+
+def test_ablations_resume_with_their_own_classes_and_options(monkeypatch, tmp_path, capsys):
+    options = "--data textures --epochs 0.02 --seeds 0 --only", "random", "--out", tmp_path
+    call(monkeypatch, ablations, *options)
+    out = tmp_path / "random_seed0"
+    message = error_line(capsys, monkeypatch, ablations, *options, "--epochs 1")
+    assert "was trained with epochs 0.02: choose another --out" in message
+    message = error_line(capsys, monkeypatch, train, "--resume --out", out)
+    assert "is a run of scripts/ablations.py: resume it there" in message
