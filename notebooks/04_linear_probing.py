@@ -163,12 +163,11 @@ nearest = {name: neighbors(*features[name]) for name in ("pixels", "trained")}  
 for name, idx in nearest.items():
     same = (train_labels[idx] == val_labels[:, None]).float().mean()
     print(f"{name}: {same:.0%} of the 20 neighbors of an image are of its class")
-for label in (0, 1, 3, 7):  # airplane, automobile, cat, horse
-    query = (val_labels == label).nonzero()[1, 0]
+for query in ((val_labels == label).nonzero()[1, 0] for label in (0, 1, 3, 7)):
     for name, idx in nearest.items():
         shown = torch.cat([val_idx[query, None], train_idx[idx[query, :7]]])
         labels = dataset.labels[shown]
-        colors = [drawing.BLUE if x == label else drawing.VERMILION for x in labels]
+        colors = [drawing.BLUE if x == labels[0] else drawing.VERMILION for x in labels]
         titles = [dataset.classes[x] for x in labels]
         drawing.row(dataset.load(shown), None, ["black", *colors[1:]], titles, grid=1, name=name)
 
