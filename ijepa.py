@@ -18,7 +18,7 @@ The algorithm: one training step (Section 3, Figure 3).
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-Small models whiten in step 2, instead of LayerNorm (D10). After training, the average of
+In step 2, small models whiten the targets instead (D10). After training, the average of
 `target_encoder(images)` over the patches represents the image.
 
 Notation, used in every shape comment:

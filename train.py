@@ -60,7 +60,7 @@ from ijepa import (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every option of a run. None: the model's value (MODELS, RECIPES), or what the help says."""
+    """Every option of a run. None: from MODELS, RECIPES or MaskCollator, or as the help says."""
 
     model: str = option("vit_nano", "architecture and recipe", "model", choices=[*MODELS])
     patch_size: int | None = option(None, "side of a patch in pixels", "model")

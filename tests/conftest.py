@@ -14,3 +14,10 @@ torch.set_num_threads(1)  # small tensors: more threads would only wait for each
 def seeded():
     """Each test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch():
+    """Images (3, 3, 16, 16), context_idx (3, 5) and target_idx (3, 2, 4)."""
+    order = torch.rand(3, 16).argsort(1)
+    return torch.randn(3, 3, 16, 16), order[:, :5].sort(1).values, order[:, 5:13].view(3, 2, 4)

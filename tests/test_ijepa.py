@@ -32,13 +32,6 @@ def with_random_weights(module: torch.nn.Module):
     return module.eval()
 
 
-@pytest.fixture
-def batch():
-    """Images (3, 3, 16, 16), context_idx (3, 5) and target_idx (3, 2, 4)."""
-    order = torch.rand(3, 16).argsort(1)
-    return torch.randn(3, 3, 16, 16), order[:, :5].sort(1).values, order[:, 5:13].view(3, 2, 4)
-
-
 def paint(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """The images with noise in the patches (B, K)."""
     chosen = torch.zeros(len(images), 16).scatter(1, patches, 1.0).view(-1, 1, 4, 4)

@@ -23,6 +23,7 @@ import benchmark
 import convert
 import finetune
 import lars_probe
+from test_ijepa import paint, with_random_weights
 
 import train
 from data import run_main
@@ -258,19 +259,6 @@ def test_script_errors_are_one_line(dataset, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------- ablations
 
 
-@pytest.fixture
-def batch():
-    """Images (3, 3, 16, 16), context_idx (3, 5) and target_idx (3, 2, 4)."""
-    order = torch.rand(3, 16).argsort(1)
-    return torch.randn(3, 3, 16, 16), order[:, :5].sort(1).values, order[:, 5:13].view(3, 2, 4)
-
-
-def with_random_weights(model: IJEPA) -> IJEPA:
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=0.05, std=0.2)
-    return model.eval()
-
-
 @pytest.mark.parametrize("target_norm", ["layer", "whiten"])
 def test_pixel_targets_are_normalized_patches(batch, target_norm):
     images, _, target_idx = batch
@@ -294,9 +282,7 @@ def test_targets_know_their_surroundings(batch, method, context_matters):
     model = with_random_weights(method(TINY))
     targets = model.targets(images, target_idx)
     assert targets.shape == (3, 2, 4, 24)
-    chosen = torch.zeros(3, 16).scatter(1, context_idx, 1.0).view(3, 1, 4, 4)
-    chosen = torch.nn.functional.interpolate(chosen, scale_factor=4).bool()
-    repainted = model.targets(torch.where(chosen, torch.randn_like(images), images), target_idx)
+    repainted = model.targets(paint(images, context_idx), target_idx)
     assert torch.equal(repainted, targets) == (method is ablations.InputMasking)
     if method is ablations.InputMasking:  # one block alone, normalized
         block = model.target_encoder(images, keep=target_idx[:, 1])
