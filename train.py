@@ -325,10 +325,10 @@ def resume(config: TrainConfig, name: str) -> tuple[TrainConfig, dict]:
         )
     checkpoint = probe.load_checkpoint(Path(out, "last.pt"))
     try:
-        saved = TrainConfig(**checkpoint["config"])
-    except TypeError as error:
+        saved, saved_name = TrainConfig(**checkpoint["config"]), checkpoint["name"]
+    except (TypeError, KeyError) as error:
         raise UserError(f"{out} was trained by another version of train.py: {error}") from error
-    if checkpoint["name"] != name:
+    if saved_name != name:
         raise UserError(f"{out} is a run of scripts/ablations.py: resume it there")
     defaults = TrainConfig()
     for field in fields(TrainConfig):

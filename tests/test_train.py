@@ -475,6 +475,15 @@ def test_damaged_checkpoint_is_refused(tmp_path, reference, capsys):
     assert "last.pt" in refused(capsys, "--resume", "--out", out)
 
 
+def test_checkpoint_of_another_version_is_refused(tmp_path, reference, capsys):
+    checkpoint = load(reference.out)
+    nameless = {key: value for key, value in checkpoint.items() if key != "name"}
+    renamed = checkpoint | {"config": checkpoint["config"] | {"an_old_option": 1}}
+    for change in nameless, renamed:
+        torch.save(change, tmp_path / "last.pt")
+        assert "another version of train.py" in refused(capsys, "--resume", "--out", tmp_path)
+
+
 def test_diverged_run_stops_with_advice(tmp_path, images, capsys):
     options = ["--lr", 1e20, "--out", tmp_path / "run"]
     message = refused(capsys, "--data", images, *SMALL, *options)
