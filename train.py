@@ -327,7 +327,8 @@ def resume(config: TrainConfig, name: str) -> tuple[TrainConfig, dict]:
     try:
         saved, saved_name = TrainConfig(**checkpoint["config"]), checkpoint["name"]
     except (TypeError, KeyError) as error:
-        raise UserError(f"{out} was trained by another version of train.py: {error}") from error
+        message = f"{out} was trained by another version of train.py ({error})"
+        raise UserError(f"{message}: start a new run in another --out") from error
     if saved_name != name:
         raise UserError(f"{out} is a run of scripts/ablations.py: resume it there")
     defaults = TrainConfig()

@@ -481,7 +481,8 @@ def test_checkpoint_of_another_version_is_refused(tmp_path, reference, capsys):
     renamed = checkpoint | {"config": checkpoint["config"] | {"an_old_option": 1}}
     for change in nameless, renamed:
         torch.save(change, tmp_path / "last.pt")
-        assert "another version of train.py" in refused(capsys, "--resume", "--out", tmp_path)
+        message = refused(capsys, "--resume", "--out", tmp_path)
+        assert "another version of train.py" in message and "another --out" in message
 
 
 def test_diverged_run_stops_with_advice(tmp_path, images, capsys):
