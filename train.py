@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 8 train.py --model vit_huge      # ImageNet in data/imagenet
     python train.py --model vit_tiny --data cifar10 --resume   # continue a stopped run
 
-Options without a default depend on the model: MODELS and MaskCollator in ijepa.py, RECIPES here.
+Defaults that are not shown here: MODELS and MaskCollator in ijepa.py, RECIPES in train.py.
 
 A run writes to its folder (--out): last.pt (checkpoint), log.csv, and at the end result.json,
 curves.png and overview.png. It depends on seed and global batch size, not on the number of
