@@ -591,5 +591,5 @@ class Whitening(nn.Module):
 # D9  (released) Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). Released: 40 from 2e-4.
 # D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, and all weights
 #                start with Xavier initialization. Their recipes (`train.py`) also differ: flips,
-#                constant weight decay and momentum, batch size, beta2, final learning rate.
+#                constant weight decay, batch size, beta2, final learning rate, the EMA's start.
 #                Measured with `vit_nano` in `results/README.md`.

@@ -44,7 +44,7 @@ train_idx, val_idx = splits["train"][1], splits["val"][1][: IMAGES // 5]
 train_labels, val_labels = dataset.labels[train_idx], dataset.labels[val_idx]
 
 # %% [markdown]
-# No label was used in training. But we chose the checkpoint by 20-NN on these validation images, so
+# No label was used in training. But we chose the recipe by accuracy on these validation images, so
 # the numbers are slightly too good. For a clean number, use the test images (`probe.py`). (The
 # outputs below are from a copy of CIFAR-10 that was compressed as JPEG, so your numbers will differ
 # a little.)
@@ -196,7 +196,7 @@ drawing.confusion(confusion(predicted), dataset.classes)
 
 # %% [markdown]
 # The diagonal is what is right. The largest mistakes are trucks taken for automobiles (24 %), dogs
-# for cats (21 %), cats for dogs (20 %), automobiles for trucks and airplanes for ships (19 %).
+# for cats and cats for dogs (21 %), automobiles for trucks (20 %) and airplanes for ships (18 %).
 # Airplanes and ships share a blue background. The others are about shape and content, and you might
 # make them, too, at 32 x 32 pixels.
 #

@@ -259,7 +259,7 @@ def test_options_replace_the_recipe(images):
     assert config.epochs == train.RECIPES["vit_tiny"].epochs
     assert architecture == replace(MODELS["vit_tiny"], patch_size=8)
     assert config.out == f"runs/vit_tiny_{Path(images).name}"
-    assert train.resolve(train.TrainConfig())[0].epochs == train.DEMO_EPOCHS
+    assert train.resolve(train.TrainConfig())[0].epochs == train.DEMO["epochs"]
 
 
 # ----------------------------------------------------------------------- interrupted and resumed
