@@ -94,6 +94,7 @@ SMALL = {"init": "xavier", "target_norm": "whiten"}  # ours, for 32-pixel images
 MODELS = {
     #              image patch   D  layers heads  P  layers of the predictor
     "vit_nano": IJEPAConfig(32, 4, 96, 4, 3, 48, 2, **SMALL),
+    "vit_mini": IJEPAConfig(32, 4, 160, 4, 4, 64, 2, **SMALL),
     "vit_tiny": IJEPAConfig(32, 4, 192, 12, 3, 96, 4, **SMALL),
     "vit_small": IJEPAConfig(32, 4, 384, 12, 6, 192, 6, **SMALL),
     # The paper's (Appendix A.1).
@@ -592,4 +593,4 @@ class Whitening(nn.Module):
 # D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, and all weights
 #                start with Xavier initialization. Their recipes (`train.py`) also differ: flips,
 #                constant weight decay, batch size, beta2, final learning rate, the EMA's start.
-#                Measured with `vit_nano` in `results/README.md`.
+#                Measured in `results/README.md`.

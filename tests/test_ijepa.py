@@ -227,8 +227,8 @@ def test_initial_weights(init):
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("vit_nano", 0.452), ("vit_tiny", 5.3), ("vit_small", 21.3), ("vit_base", 85.6),
-     ("vit_large", 303.1), ("vit_huge", 630.7), ("vit_giant", 1011)],
+    [("vit_nano", 0.452), ("vit_mini", 1.245), ("vit_tiny", 5.3), ("vit_small", 21.3),
+     ("vit_base", 85.6), ("vit_large", 303.1), ("vit_huge", 630.7), ("vit_giant", 1011)],
 )  # fmt: skip
 def test_encoder_sizes_match_timm(name, millions):
     with torch.device("meta"):

@@ -29,7 +29,8 @@ SMALL = {  # what makes a command small enough for a test; later rules see earli
     "--model vit_tiny": "--model vit_nano",
     "--model vit_small": "--model vit_nano",
     "--per-class 13": "--per-class 2",
-    "torchrun --nproc_per_node 8": "python -m torch.distributed.run --nproc_per_node 2",
+    "--nproc_per_node 8": "--nproc_per_node 2",
+    "torchrun": "python -m torch.distributed.run",
 }
 FAST = {
     "train.py": "--epochs 0.5 --batch-size 8",
@@ -91,9 +92,10 @@ def test_files_named_in_readme_exist():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_included_weights_match_the_default_model():
-    encoder, config, info = probe.load_encoder("vit_nano_cifar10")
-    assert config == ijepa.MODELS["vit_nano"]
+@pytest.mark.parametrize("model", ["vit_nano", "vit_mini"])
+def test_included_weights_match_their_model(model):
+    encoder, config, info = probe.load_encoder(f"{model}_cifar10")
+    assert config == ijepa.MODELS[model]
     assert sum(p.numel() for p in encoder.parameters()) < 1.5e6
     assert all(torch.isfinite(p).all() for p in encoder.parameters())
-    assert info["train_config"]["model"] == "vit_nano"
+    assert info["train_config"]["model"] == model

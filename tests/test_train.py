@@ -423,7 +423,7 @@ def refused(capsys, *options) -> str:
     "options, message",
     [
         ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
-        ("--model vit_enormous", "'vit_nano', 'vit_tiny'"),
+        ("--model vit_enormous", "'vit_nano', 'vit_mini'"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--img-size 18", "18x18 pixels do not divide into patches of 4"),
         ("--predictor-dim 50", "width 50 must be divisible"),
