@@ -26,6 +26,7 @@ SMALL = {  # what makes a command small enough for a test; later rules see earli
     "vit_tiny_cifar10": "vit_nano_images",
     "path/to/folder --img-size 96 --patch-size 8": "images --out runs/folder",
     "--model vit_huge": "--model vit_nano --data images --out runs/two_processes",
+    "--model vit_mini": "--model vit_mini --data images",
     "--model vit_tiny": "--model vit_nano",
     "--model vit_small": "--model vit_nano",
     "--per-class 13": "--per-class 2",
