@@ -120,7 +120,7 @@ drawing.curves(runs, TITLES)
 #
 # ## The long run
 #
-# The encoder that comes with this repository was trained by `train.py` for 15 epochs on all 45,000
+# The `vit_nano` encoder of this repository was trained by `train.py` for 15 epochs on all 45,000
 # images. It differs from our short run in more than its length. The targets are *whitened*:
 # decorrelated, so that all directions have about the same variance (exercise 3). AdamW averages
 # squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size, momentum and
