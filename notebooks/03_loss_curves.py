@@ -160,8 +160,8 @@ print(f"momentum {log[0]['momentum']:.4g} to {last['momentum']:.4g}, learning ra
 # are harder to predict. **So the loss does not say how good the representation is**, and losses of
 # different runs cannot be compared. RankMe follows 20-NN closely here, and needs no labels.
 #
-# The momentum matters at the end. With a constant 0.998, 20-NN fell again after epoch 10, and so
-# did both losses (`results/README.md`).
+# The momentum matters at the end. With a constant 0.998, 20-NN fell after epoch 10, while the
+# validation loss fell, too (`results/README.md`).
 #
 # ## Break it, 1: without EMA
 #
