@@ -5,15 +5,15 @@ Architecture", CVPR 2023. Sections, equations and tables named below are those o
 
 The idea. Hide several blocks of an image and predict them from the rest: not their pixels, but
 their *representations*. The representations come from a second network, the target encoder, whose
-weights are a moving average (EMA) of the encoder being trained. A representation can leave out
-what no context could foretell, such as the exact texture of grass; pixels cannot.
+weights are an exponential moving average (EMA) of the encoder being trained. A representation can
+leave out what no context could predict, such as the exact texture of grass; pixels cannot.
 
 The algorithm: one training step (Section 3, Figure 3).
 
     1. context_idx, target_idx = masks.sample(B)       M target blocks, a context without them
     2. targets     = LayerNorm(target_encoder(images))[target_idx]     whole image, no gradient
     3. context     = encoder(images, keep=context_idx)            sees the context patches only
-    4. predictions = predictor(context, context_idx, target_idx)            one block at a time
+    4. predictions = predictor(context, context_idx, target_idx)          each block separately
     5. loss        = mean distance between predictions and targets
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
@@ -80,6 +80,8 @@ class IJEPAConfig:
 
     def __post_init__(self):
         patch_grid(self.img_size, self.patch_size)
+        if min(self.depth, self.num_heads, self.predictor_depth) < 1:
+            raise ValueError("depth, num_heads and predictor_depth start at 1")
         for name, allowed in ("init", ("normal", "xavier")), ("target_norm", ("layer", "whiten")):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose from {allowed}")
@@ -97,7 +99,7 @@ MODELS = {
     "vit_mini": IJEPAConfig(32, 4, 160, 4, 4, 64, 2, **SMALL),
     "vit_tiny": IJEPAConfig(32, 4, 192, 12, 3, 96, 4, **SMALL),
     "vit_small": IJEPAConfig(32, 4, 384, 12, 6, 192, 6, **SMALL),
-    # The paper's (Appendix A.1).
+    # The paper's. Predictors: Appendix A.1. Encoders: standard ViTs, sizes as released.
     "vit_base": IJEPAConfig(224, 16, 768, 12, 12, 384, 6),
     "vit_large": IJEPAConfig(224, 16, 1024, 24, 16, 384, 12),
     "vit_huge": IJEPAConfig(224, 14, 1280, 32, 16, 384, 12),
@@ -147,8 +149,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        # h heads of width d = D / h: (B, h, N, d) each.
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v: (B, h, N, D/h)
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v: (B, h, N, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -308,8 +311,8 @@ def block_shapes(grid: Pair, scale: Range, aspect: Range, steps: int = 32) -> Te
 
     One row for each pair of a scale (fraction of the grid's area) and an aspect ratio (height over
     width, relative to the grid's), both evenly spaced. A row drawn at random is a scale and an
-    aspect ratio drawn independently (D4); a table shows the largest shape before training. Raises
-    ValueError if a shape does not fit the grid.
+    aspect ratio drawn independently (D4). With all of them listed, `MaskCollator` knows the largest
+    and can choose K before training. Raises ValueError if a shape does not fit the grid.
     """
 
     def evenly(low: float, high: float) -> Tensor:
@@ -368,7 +371,7 @@ class MaskCollator:
         pick = torch.randint(len(self.target_shapes), (1,), generator=generator)
         shape = self.target_shapes[pick.item()].tolist()
         target_idx, free = self._draw(batch_size, shape, generator)
-        # Draw again where fewer than K patches are left (D6), about half of them or fewer.
+        # Redraw images with fewer than K patches left (D6): by default at most about a tenth.
         while len(redo := (free.sum(1) < self.context_size).nonzero()[:, 0]):
             target_idx[redo], free[redo] = self._draw(len(redo), shape, generator)
         # K of the free patches, every subset equally likely (D5).
@@ -402,24 +405,24 @@ class MaskCollator:
     def _block_patches(self, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
         """Corners (B, M) -> patch indices of the blocks (B, M, T), T = height * width."""
         columns = self.grid[1]
-        offsets = torch.arange(height)[:, None] * columns + torch.arange(width)  # (h, w)
-        return (top * columns + left)[..., None] + offsets.flatten()
+        offsets = torch.arange(height)[:, None] * columns + torch.arange(width)  # (height, width)
+        return (top * columns + left)[..., None] + offsets.flatten()  # (B, M, 1) + (T,)
 
     def _target_shapes(self, scale: Range, aspect: Range) -> Tensor:
         """Other strategies override this and `_targets`, see `scripts/ablations.py`."""
         return block_shapes(self.grid, scale, aspect)
 
     def _choose_context_size(self, wanted: int | None, limit: float) -> int:
-        """K: `wanted` if at least half of the draws reach it; otherwise the default."""
+        """K: `wanted`, or the default. ValueError if fewer than half of the draws reach it."""
         largest = max(self.target_shapes.tolist(), key=math.prod)
         _, free = self._draw(1000, largest, torch.Generator().manual_seed(0))
-        left = free.sum(1).sort().values  # (1000,) patches left beside the largest targets
-        size = min(int(left[100]), round(limit * self.num_patches)) if wanted is None else wanted
-        if not 1 <= size <= left[500]:
+        remain = free.sum(1).sort().values  # (1000,) patches beside the largest targets
+        size = min(int(remain[100]), round(limit * self.num_patches)) if wanted is None else wanted
+        if not 1 <= size <= remain[500]:
             raise ValueError(
                 f"a context of {size} patches beside {self.num_targets} targets of "
                 f"{largest[0]}x{largest[1]} on a {self.grid[0]}x{self.grid[1]} grid: half of the "
-                f"draws leave {left[500]} or fewer. Lower the context size or the targets' scale"
+                f"draws leave {remain[500]} or fewer. Lower the context size or the targets' scale"
             )
         return size
 
@@ -438,7 +441,7 @@ class IJEPA(nn.Module):
         # The target encoder starts as a copy and follows by EMA; it has no gradient of its own.
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         if config.target_norm == "layer":
-            # Undoes the learned scale of the encoder's final norm, by which targets could shrink.
+            # Fixes the length of each target: the learned scale of the final norm cannot shrink it.
             self.target_norm = nn.LayerNorm(config.embed_dim, elementwise_affine=False)  # (D1)
         else:
             self.target_norm = Whitening(math.prod(self.encoder.grid), config.embed_dim)
@@ -501,7 +504,7 @@ def weight_decay(step: int, total: int, start: float, end: float) -> float:
 
 
 def target_momentum(step: int, total: int, start: float, end: float) -> float:
-    """Linear from `start` to `end`."""
+    """Linear from `start` to one step short of `end`: as released, it counts from step 0, not 1."""
     return start + (end - start) * step / total
 
 
@@ -520,10 +523,11 @@ def parameter_groups(model: IJEPA) -> list[dict]:
 class Whitening(nn.Module):
     """Targets that hold only content: centered per position and decorrelated (D10).
 
-    x -> (x - mean[position]) (covariance + shrinkage * mean variance * I)^(-1/2) (ZCA), with
-    running statistics of the target encoder's output. The mean of a position is what the predictor
-    can say without looking at the image. Whitening then gives rare directions the weight of common
-    ones.
+    x -> (x - mean[position]) (covariance + shrinkage * v * I)^(-1/2), v = trace(covariance) / D.
+    (ZCA: whitened, then rotated back to the original axes.) Mean and covariance are running
+    averages of the target encoder's output; the first step leaves x as it is. The mean of a
+    position is what the predictor can say without looking at the image. Whitening lets directions
+    of small variance count in the loss as well; `shrinkage` limits by how much.
     """
 
     def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
@@ -553,6 +557,8 @@ class Whitening(nn.Module):
         if dist.is_initialized():
             for total in sums:
                 dist.all_reduce(total)
+        if self.count < 2:
+            raise ValueError("whitening needs two or more images per step, in training mode")
         shift = self.sum_x / self.count  # (N, D): mean of the batch minus the running mean
         covariance = (self.sum_xx / self.count - shift.T @ shift) / len(shift)  # (D, D)
         for total in sums:
@@ -589,8 +595,10 @@ class Whitening(nn.Module):
 # D8  (released) The encoder computes positions for the grid at hand, so it takes other image sizes
 #                and non-square images. Released: interpolated, assuming a class token that does
 #                not exist.
-# D9  (released) Warm-up as in the paper: 15 epochs from 1e-4 (`train.py`). Released: 40 from 2e-4.
-# D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, and all weights
-#                start with Xavier initialization. Their recipes (`train.py`) also differ: flips,
-#                constant weight decay, batch size, beta2, final learning rate, the EMA's start.
-#                Measured in `results/README.md`.
+# D9  (released) Warm-up of the paper's models: 15 epochs from 1e-4, as in the paper (`train.py`).
+#                Released: 40 from 2e-4.
+# D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, start with
+#                Xavier initialization and have predictors of about half their width (paper: 384).
+#                Their recipes (`train.py`) also differ: flips, warm-up, constant weight decay,
+#                batch size, beta2, final learning rate, the EMA; the demo does not crop. Measured
+#                in `results/README.md`.

@@ -204,10 +204,11 @@ def test_image_sizes_that_patches_do_not_tile():
 @pytest.mark.parametrize(
     "wrong",
     [{"img_size": 30}, {"embed_dim": 26}, {"num_heads": 5}, {"predictor_dim": 18},
-     {"patch_size": 0}, {"init": "zero"}, {"target_norm": "batch"}],
+     {"patch_size": 0}, {"num_heads": 0}, {"predictor_depth": 0}, {"init": "zero"},
+     {"target_norm": "batch"}],
 )  # fmt: skip
 def test_impossible_configs_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"divi|choose from"):
+    with pytest.raises(ValueError, match=r"divi|choose from|start at 1"):
         replace(CONFIG, **wrong)
 
 
@@ -466,6 +467,14 @@ def test_whitening_statistics_match_numpy():
     values, vectors = np.linalg.eigh(covariance)
     expected = vectors / np.sqrt(values + 0.1 * values.mean()) @ vectors.T
     np.testing.assert_allclose(whitening.matrix, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_whitening_needs_two_images():
+    whitening = Whitening(6, 5)
+    for x in target_batches(1, images=1):
+        whitening(x)
+    with pytest.raises(ValueError, match="two or more images"):
+        whitening.update()
 
 
 def two_steps(parts: int, part: slice = slice(None), bf16: bool = False) -> Whitening:
