@@ -194,8 +194,13 @@ STD = (0.229, 0.224, 0.225)
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) to float32 of about zero mean and unit variance."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = _mean_std(images.device)
     return (images.float() / 255 - mean) / std
+
+
+@lru_cache  # to copy them to a GPU for each batch would wait for the step before
+def _mean_std(device: torch.device) -> list[Tensor]:
+    return [torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD)]
 
 
 def random_crop_boxes(batch: int, scale: tuple[float, float], generator) -> Tensor:
@@ -259,12 +264,14 @@ class _BatchDataset(torch.utils.data.Dataset):
             images = torch.stack(images)
         return [images, *rest], self.dataset.damaged
 
-    def loaded(self, batches: Iterable[list[Tensor]], device, workers: int):
+    def loaded(self, batches: Iterable[list[Tensor]], device, workers: int | None):
         """The images and the other tensors of each batch, on the device."""
         pin = torch.device(device).type == "cuda"
+        if workers is None:
+            workers = 8 if pin and isinstance(self.dataset, FolderDataset) else 0
         loader = DataLoader(  # without a batch size, because an item is a batch already
             self, None, sampler=batches, num_workers=workers, pin_memory=pin,
-            worker_init_fn=_ignore_ctrl_c, generator=torch.Generator(),  # not the global one
+            worker_init_fn=_leave_signals, generator=torch.Generator(),  # not the global one
         )  # fmt: skip
         for tensors, damaged in loader:
             if damaged:
@@ -272,15 +279,18 @@ class _BatchDataset(torch.utils.data.Dataset):
             yield [x.to(device, non_blocking=True) for x in tensors]
 
 
-def _ignore_ctrl_c(_: int) -> None:
-    """Ctrl-C reaches worker processes too, but the main process decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(_: int) -> None:
+    """Ctrl-C and torchrun signal all processes of a session; only the main one is to stop."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    else:  # Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train_batches(
     dataset: Dataset, indices: Tensor, masks, steps: range, *, batch_size: int,
     accum_steps: int = 1, seed: int = 0, crop_scale: tuple[float, float] = (0.3, 1.0),
-    flip: bool = False, rank: int = 0, world_size: int = 1, device="cpu", workers: int = 0,
+    flip: bool = False, rank: int = 0, world_size: int = 1, device="cpu", workers: int | None = 0,
 ) -> Iterator[list[Tensor]]:  # fmt: skip
     """The batches of this process, `accum_steps` for each step, on the device.
 
@@ -290,6 +300,7 @@ def train_batches(
         batch_size: images per step, over all processes and accumulation steps.
         crop_scale: range of a crop's fraction of the image area. (1, 1): no cropping.
         flip: horizontal flip, p = 0.5.
+        workers: processes that load images; None: 8 for a folder beside a GPU, otherwise 0.
     Returns:
         An iterator over images (b, 3, S, S) float32, normalized; then context_idx (b, K) and
         target_idx (b, M, T), or labels (b,) without masks.
@@ -331,7 +342,7 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset, indices, device="cpu", batch_size: int = 500, workers: int = 0
+    dataset: Dataset, indices, device="cpu", batch_size: int = 500, workers: int | None = 0
 ) -> Iterator[Tensor]:
     """The whole images of `indices` in order: (b, 3, S, S) float32, normalized."""
     chunks = torch.as_tensor(indices).split(batch_size) if len(indices) else []
@@ -408,6 +419,10 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        advice = "lower --batch-size or --train-images, or raise --accum-steps"
+        print(f"{Path(sys.argv[0]).name}: error: GPU memory is full: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -488,6 +503,12 @@ class Distributed:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the device is a GPU with bfloat16 arithmetic."""
+        cuda = self.device.type == "cuda"
+        return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
     def mean(self, *values) -> list[float]:
         """The averages of some numbers over all processes."""
         values = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values])
@@ -509,7 +530,11 @@ def distributed(device: str | None = None) -> Iterator[Distributed]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device != "cpu":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except (RuntimeError, ValueError) as error:
+            count = torch.cuda.device_count()
+            raise UserError(f"{device}: PyTorch finds {count} GPUs, from cuda:0 on") from error
     if world_size > 1:  # the others wait while the main process downloads, evaluates or saves
         backend = "gloo" if device == "cpu" else "nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=2))

@@ -76,7 +76,7 @@ def extract_splits(
     device: torch.device | str = "cpu",
     bf16: bool = False,
     batch_size: int = 500,
-    workers: int = 0,
+    workers: int | None = 0,
 ) -> Features:
     """Features and labels of every split; raw pixels if `encoder` is None."""
     features = {}
@@ -630,14 +630,16 @@ class ProbeConfig:
     device: str | None = option(None, "cpu, cuda or cuda:1; default: a GPU if there is one")
     bf16: bool = option(False, "compute features in bfloat16")
     batch_size: int = option(500, "images per forward pass")
-    workers: int = option(0, "processes that decode images")
+    workers: int | None = option(
+        None, "processes that decode a folder's images; default: 8 beside a GPU, or 0"
+    )
 
 
 def load_splits(config: ProbeConfig, architecture: IJEPAConfig, info: dict) -> Splits:
     """The splits that the options and the checkpoint name. Raises UserError."""
     if any(n is not None and n < 1 for n in (config.train_images, config.labels_per_class)):
         raise UserError("--train-images and --labels-per-class start at 1")
-    if config.batch_size < 1 or config.workers < 0:
+    if config.batch_size < 1 or (config.workers or 0) < 0:
         raise UserError("--batch-size starts at 1, --workers at 0")
     data = config.data or info["train_config"].get("data")
     if data is None:
@@ -690,10 +692,10 @@ def main() -> None:
     with atomic_write(out / "probe.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     (train_x, train_y), (x, y) = features["train"], features["test"]  # of the trained encoder
+    train_x, x = train_x[:, -1].to(device), x[:, -1].to(device)
     dataset, indices = splits["test"]
-    neighbors = nearest(train_x[:, -1], x[:, -1])[1]
-    draw_neighbors(out / "neighbors.png", splits, "test", neighbors)
-    predicted = knn_classify(train_x[:, -1], train_y, x[:, -1], num_classes)
+    draw_neighbors(out / "neighbors.png", splits, "test", nearest(train_x, x)[1].cpu())
+    predicted = knn_classify(train_x, train_y.to(device), x, num_classes).cpu()
     draw_confusion(out / "confusion.png", y, predicted, dataset.classes)
     networks = {k: v for k, v in encoders.items() if v is not None}
     draw_patch_pca(out / "patch_pca.png", networks, dataset, indices[_one_per_class(y)])

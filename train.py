@@ -10,8 +10,8 @@ Defaults that are not shown here: MODELS and MaskCollator in ijepa.py, RECIPES i
 
 A run writes to its folder (--out): last.pt (checkpoint), log.csv, and at the end result.json,
 curves.png and overview.png. It depends on seed and global batch size, not on the number of
-processes, micro-batches or workers, and a resumed run gives the same bits as an uninterrupted one.
-SIGTERM and Ctrl-C save a checkpoint and stop; a second one stops at once.
+processes, micro-batches or workers, and on a CPU a resumed run gives the same bits as an
+uninterrupted one. SIGTERM and Ctrl-C save a checkpoint and stop; a second Ctrl-C stops at once.
 """
 
 import csv
@@ -80,7 +80,9 @@ class TrainConfig:
     batch_size: int | None = option(None, "images per step, over all processes", "optimization")
     accum_steps: int = option(1, "micro-batches per step, to save memory", "optimization")
     lr: float | None = option(None, "peak learning rate", "optimization")
-    warmup_epochs: float | None = option(None, "epochs of linear warm-up", "optimization")
+    warmup_epochs: float | None = option(
+        None, "epochs of linear warm-up; by default at most a tenth of the run", "optimization"
+    )
     weight_decay: Range | None = option(
         None, "weight decay at the start and at the end", "optimization"
     )
@@ -100,10 +102,10 @@ class TrainConfig:
     )
 
     device: str | None = option(None, "cpu or cuda; default: a GPU if there is one", "hardware")
-    bf16: bool | None = option(None, "bfloat16 autocast; default: on a GPU", "hardware")
+    bf16: bool | None = option(None, "bfloat16 autocast; default: on a GPU that has it", "hardware")
     compile: bool = option(False, "torch.compile every transformer layer", "hardware")
     workers: int | None = option(
-        None, "processes that load images; default: 8 beside a GPU, otherwise 0", "hardware"
+        None, "processes that load a folder's images; default: 8 beside a GPU, or 0", "hardware"
     )
 
     out: str | None = option(None, "folder of the run; default: runs/<model>_<data>", "logging")
@@ -159,6 +161,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
     fill = {f.name for f in fields(Recipe)} & {f.name for f in fields(TrainConfig)}
     given = {name: value for name, value in asdict(config).items() if value is not None}
     config = replace(config, **{name: given.get(name, getattr(recipe, name)) for name in fill})
+    if "warmup_epochs" not in given:
+        config = replace(config, warmup_epochs=min(recipe.warmup_epochs, config.epochs / 10))
     config = replace(config, out=config.out or f"runs/{config.model}_{Path(data).name}")
     overrides = {f.name for f in fields(IJEPAConfig)} & given.keys()  # of the architecture
     low, high = config.crop_scale
@@ -166,6 +170,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
         (min(config.batch_size, config.accum_steps) < 1, "--batch-size, --accum-steps start at 1"),
         (not 0 < low <= high <= 1, "--crop-scale is within 0 to 1, the smaller number first"),
         (not all(0 <= m <= 1 for m in config.momentum), "--momentum is within 0 to 1"),
+        (config.warmup_epochs > config.epochs, "--warmup-epochs is longer than --epochs"),
         (config.eval_every <= 0, "--eval-every is above 0 epochs"),
         ((config.workers or 0) < 0, "--workers starts at 0"),
     ):
@@ -176,6 +181,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
         make_masks(config, architecture)  # only to refuse a grid that is too small
     except ValueError as error:
         raise UserError(str(error)) from error
+    if architecture.target_norm == "whiten" and config.batch_size < 2:
+        raise UserError("--batch-size 1: whitened targets need two images, or --target-norm layer")
     return config, architecture, recipe
 
 
@@ -196,6 +203,8 @@ def train(
     """
     config, checkpoint = resume(config, name) if config.resume else (config, None)
     config, architecture, recipe = resolve(config)
+    if config.bf16 is None:
+        config = replace(config, bf16=world.bf16)
     out, device = Path(config.out), world.device
     if checkpoint is None and (out / "last.pt").exists():
         raise UserError(f"{out} already holds a run: add --resume, or choose another --out")
@@ -217,25 +226,22 @@ def train(
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+    del checkpoint  # of a large model, many gigabytes in each process
     if config.compile:
-        networks = (model.encoder, model.target_encoder)
-        for layer in (*(b for n in networks for b in n.blocks), *model.predictor.predictor_blocks):
-            layer.compile()
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        compile_layers(model)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
     ddp = model
     if world.world_size > 1:  # buffers are equal on all processes, nothing to broadcast
         ddp = DistributedDataParallel(model, broadcast_buffers=False)
 
     steps = range(start_step, total_steps)
-    workers = config.workers if config.workers is not None else (8 if device.type == "cuda" else 0)
     batches = train_batches(
         dataset, train_idx, masks, steps, batch_size=config.batch_size,
         accum_steps=config.accum_steps, seed=config.seed, crop_scale=config.crop_scale,
         flip=recipe.flip, rank=world.rank, world_size=world.world_size, device=device,
-        workers=workers,
+        workers=config.workers,
     )  # fmt: skip
-    validation = Validation(dataset, device, workers)
+    validation = Validation(dataset, device, config.workers, config.bf16)
     if world.is_main:
         log = Log(out, start_step, config)
         print(describe(config, model, len(train_idx), steps, device), flush=True)
@@ -288,6 +294,13 @@ def train(
     if world.is_main:
         finish(log, config, architecture, model, validation, masks)
     return 0
+
+
+def compile_layers(model: IJEPA) -> None:
+    """torch.compile, layer by layer, because all layers of a network share one compilation."""
+    blocks = (*model.encoder.blocks, *model.target_encoder.blocks)
+    for layer in (*blocks, *model.predictor.predictor_blocks):
+        layer.compile()
 
 
 def schedules(config: TrainConfig, recipe: Recipe, step: int, total_steps: int, epoch_steps: float):
@@ -362,7 +375,7 @@ def save(path: Path, name: str, config, step: int, model, optimizer) -> None:
 
 
 class StopSignal:
-    """The first SIGTERM or Ctrl-C asks the run to save and stop; the second stops it at once."""
+    """SIGTERM or Ctrl-C asks the run to save and stop; Ctrl-C after that stops it at once."""
 
     def __init__(self):
         self.number = 0
@@ -378,9 +391,10 @@ class StopSignal:
 
     def _request(self, number: int, _) -> None:
         self.number = number
-        print(f"stopping within {LOG_STEPS} steps; again to stop at once", file=sys.stderr)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        print(f"stopping within {LOG_STEPS} steps; Ctrl-C to stop at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A second one comes from torchrun, if a scheduler signals it and this process.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------ evaluation and logging
@@ -389,18 +403,20 @@ class StopSignal:
 class Validation:
     """What the target encoder has learned, measured on validation images (see `probe.py`)."""
 
-    def __init__(self, dataset, device: torch.device, workers: int):
+    def __init__(self, dataset, device: torch.device, workers: int | None, bf16: bool):
         self.splits = probe.make_splits(dataset, train_images=EVAL_IMAGES)
         self.num_classes = len(dataset.classes)
-        self.device, self.workers = device, workers
+        self.device, self.workers, self.bf16 = device, workers, bf16
 
     def features(self, encoder) -> probe.Features:
-        return probe.extract_splits(self.splits, encoder, self.device, workers=self.workers)
+        options = {"bf16": self.bf16, "workers": self.workers}
+        return probe.extract_splits(self.splits, encoder, self.device, **options)
 
     def metrics(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
         """During training: 20-NN, RankMe, feature std, and the loss with fixed masks."""
         features = self.features(model.target_encoder)
-        return {"val_loss": self.loss(model, masks)} | probe.monitor(features, self.num_classes)
+        row = {"val_loss": self.loss(model, masks)}
+        return row | probe.monitor(features, self.num_classes, self.device)
 
     @torch.no_grad()
     def loss(self, model: IJEPA, masks: MaskCollator) -> float:
@@ -409,7 +425,8 @@ class Validation:
         model.eval()  # validation images must not enter the statistics of `Whitening`
         for images in eval_batches(dataset, indices, self.device, 100, self.workers):
             masks_idx = (idx.to(self.device) for idx in masks.sample(len(images), generator))
-            total += model(images, *masks_idx).item() * len(images)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                total += model(images, *masks_idx).item() * len(images)
         model.train()
         return total / len(indices)
 
@@ -428,7 +445,7 @@ class Log:
         except OSError as error:
             raise UserError(f"--out {out} cannot be created: {error.strerror}") from error
         self.path, self.rows = out / "log.csv", []
-        if start_step:  # rows after the checkpoint belong to steps that run again
+        if start_step and self.path.exists():  # steps after the checkpoint run again
             with self.path.open() as file:
                 self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= start_step]
         self._write("w", self.rows)

@@ -259,6 +259,8 @@ def test_options_replace_the_recipe(images):
     assert config.epochs == train.RECIPES["vit_tiny"].epochs
     assert architecture == replace(MODELS["vit_tiny"], patch_size=8)
     assert config.out == f"runs/vit_tiny_{Path(images).name}"
+    assert config.warmup_epochs == train.RECIPES["vit_tiny"].warmup_epochs
+    assert train.resolve(replace(options, epochs=4))[0].warmup_epochs == 0.4  # a tenth
     assert train.resolve(train.TrainConfig())[0].epochs == train.DEMO["epochs"]
 
 
@@ -278,8 +280,12 @@ def test_resumed_run_is_bitwise_the_same(tmp_path, images, reference):
 def test_resume_needs_only_the_folder(tmp_path, images, reference):
     with pytest.raises(Killed):
         run("--data", images, *SMALL, "--out", tmp_path / "run", at=(12, kill))
+    (tmp_path / "run" / "log.csv").unlink()
     run("--out", tmp_path / "run", "--resume", "--workers", 1, "--save-every", 1)
-    assert_same_run(tmp_path / "run", reference.out)
+    ours, theirs = load(tmp_path / "run"), load(reference.out)
+    assert_equal(ours["model"], theirs["model"])
+    assert ours["config"]["bf16"] is False  # whatever device resumes
+    assert log_of(tmp_path / "run") == [r for r in log_of(reference.out) if int(r["step"]) > 8]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -290,20 +296,33 @@ def test_signals_save_and_stop(tmp_path, images, number, code, capsys):
     assert stopped.value.code == code
     assert load(tmp_path / "run")["step"] == 20
     assert "stopped at step 20 of 30: continue with --resume" in capsys.readouterr().out
-    assert signal.getsignal(number) == signal.SIG_DFL  # a second one stops at once
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second Ctrl-C stops at once
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_torchrun_signals_worker_processes_too(tmp_path, images):
+    def session():
+        os.setsid()
+        options = ["--data", images, *SMALL, "--workers", 2, "--out", tmp_path / "run"]
+        run(*options, at=(17, lambda: os.killpg(0, signal.SIGTERM)))
+
+    process = start(call=session)
+    process.join(120)
+    assert process.exitcode == 143 and load(tmp_path / "run")["step"] == 20
 
 
 def test_ctrl_c_in_the_final_evaluation_stops_at_once(tmp_path, images):
-    options = ["--data", images, *SMALL, "--epochs", 0.1, "--out", tmp_path / "run"]
+    options = ["--data", images, *SMALL, "--epochs", 0.1, "--warmup-epochs", 0]
+    options += ["--out", tmp_path / "run"]
     interrupt = mock.patch.object(train, "finish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with interrupt, pytest.raises(SystemExit) as stopped:
         run(*options, finish=True)
     assert stopped.value.code == 130
 
 
-def start(*options) -> multiprocessing.Process:
+def start(*options, call=run) -> multiprocessing.Process:
     """A run in a process of its own, forked so that it need not import everything again."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=options, daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=call, args=options)
     process.start()
     return process
 
@@ -431,7 +450,9 @@ def refused(capsys, *options) -> str:
         ("--context-size 15", "Lower the context size"),
         ("--target-scale 0.9 0.2", "0.9 to 0.2"),
         ("--accum-steps 3", "choose a multiple of 3"),
-        ("--epochs 0.01", "less than one batch of 8"),
+        ("--epochs 0.01 --warmup-epochs 0", "less than one batch of 8"),
+        ("--epochs 0.9", "--warmup-epochs is longer than --epochs"),
+        ("--batch-size 1", "whitened targets need two images"),
         ("--resume", "last.pt does not exist: leave out --resume"),
         ("--momentum 2 2", "--momentum is within 0 to 1"),
         ("--eval-every 0", "--eval-every is above 0"),
