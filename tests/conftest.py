@@ -1,5 +1,6 @@
 """Shared by all tests: the repository root on the path, one thread, the same seed before each."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -21,3 +22,11 @@ def batch():
     """Images (3, 3, 16, 16), context_idx (3, 5) and target_idx (3, 2, 4)."""
     order = torch.rand(3, 16).argsort(1)
     return torch.randn(3, 3, 16, 16), order[:, :5].sort(1).values, order[:, 5:13].view(3, 2, 4)
+
+
+@pytest.fixture
+def port() -> str:
+    """A free port for processes to meet."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])

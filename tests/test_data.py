@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -144,6 +143,23 @@ def test_half_of_the_images_are_flipped(memory):
     unchanged = (flipped - plain).abs().amax((1, 2, 3)) < 1e-4
     assert (mirrored ^ unchanged).all()
     assert 150 < mirrored.sum() < 250  # p = 0.5: five standard deviations
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_training_images_are_cropped_once(tmp_path, kind):
+    ramp = np.linspace(0, 255, 32).round().astype(np.uint8)  # red: the column, green: the row
+    image = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], np.uint8(0)), -1)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(image).save(tmp_path / "a" / "0.png")
+    dataset = data.FolderDataset(tmp_path, 32)
+    if kind == "memory":
+        dataset = data.MemoryDataset(dataset.load([0]), dataset.labels, dataset.classes)
+    options = {"batch_size": 50, "crop_scale": (0.3, 0.3)}
+    ((images, _),) = data.train_batches(dataset, torch.tensor([0]), None, range(1), **options)
+    low, high = images.amin((2, 3)), images.amax((2, 3))  # (50, 3)
+    sides = (high - low)[:, :2] * torch.tensor(data.STD[:2])  # 1: the whole image
+    assert sides.prod(1).mean().item() == pytest.approx(0.3, abs=0.03)
+    assert sides.std(0).min() > 0.02  # of different shapes
 
 
 def test_batch_that_cannot_be_divided_is_refused(memory):
@@ -486,9 +502,6 @@ def join_and_download(rank: int, port: str, folder: Path):
     assert not torch.distributed.is_initialized()
 
 
-def test_processes_join_and_main_is_first(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+def test_processes_join_and_main_is_first(tmp_path, port):
     start_processes(join_and_download, (port, tmp_path), nprocs=2, start_method="fork")
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["3", "3"]

@@ -25,7 +25,7 @@ from PIL import Image
 import data
 import probe
 import train
-from ijepa import IJEPA, MODELS
+from ijepa import IJEPA, MODELS, MaskCollator
 
 SCRIPT = Path(train.__file__)
 # 4 x 4 patches, 81 training and 9 validation images: 30 steps, evaluated at 8, 16, 24 and 30.
@@ -136,18 +136,22 @@ def assert_close_run(ours: Path, theirs: Path) -> None:
     torch.manual_seed(b["config"]["seed"])
     start = IJEPA(replace(MODELS["vit_nano"], **b["architecture"])).state_dict()
     assert a["step"] == b["step"]
-    for name, value in b["model"].items():
-        values = [a["model"][name], value, start[name]]
-        if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding
-            values = [x.unflatten(0, (3, -1))[[0, 2]] for x in values]
-        mine, value, initial = (x.double() for x in values)
-        assert (mine - value).norm() <= 0.01 * (value - initial).norm() + 1e-7, name
+    assert_close_weights(a["model"], b["model"], start)
     for mine, row in zip(log_of(ours), log_of(theirs), strict=True):
         assert mine["step"] == row["step"]
         for column in ("epoch", "loss", "lr", "momentum", "val_loss", "rankme", "feature_std"):
             assert bool(mine[column]) == bool(row[column])
             if row[column]:
                 assert float(mine[column]) == pytest.approx(float(row[column]), rel=1e-3)
+
+
+def assert_close_weights(ours: dict, theirs: dict, start: dict) -> None:
+    for name, value in theirs.items():
+        values = [ours[name], value, start[name]]
+        if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding
+            values = [x.unflatten(0, (3, -1))[[0, 2]] for x in values]
+        mine, value, initial = (x.double() for x in values)
+        assert (mine - value).norm() <= 0.01 * (value - initial).norm() + 1e-7, name
 
 
 @pytest.fixture(scope="module")
@@ -173,19 +177,51 @@ def test_log_has_every_row_and_column(reference):
         assert not evaluated or 0 <= float(row["knn"]) <= 1 <= float(row["rankme"]) <= 9
 
 
-def test_log_follows_the_schedules(reference):
+def schedule(done: int) -> dict[str, float]:
+    """Of a run with the options SMALL, at its step number `done`, counted from 1."""
     recipe, warmup = train.RECIPES["vit_nano"], round(81 / 8)
     start, final = 1e-3 * recipe.start_lr, 1e-3 * recipe.final_lr
+    progress = (done - warmup) / (STEPS - warmup)
+    lr = final + (1e-3 - final) * (1 + np.cos(np.pi * progress)) / 2
+    return {
+        "lr": start + (1e-3 - start) * done / warmup if done < warmup else lr,
+        "weight_decay": 0.1 - 0.06 * (1 + np.cos(np.pi * done / STEPS)) / 2,
+        "momentum": 0.99 + 0.01 * (done - 1) / STEPS,
+    }
+
+
+def test_run_equals_a_loop_written_by_hand(reference, images):
+    dataset = data.load_dataset(images, "train", img_size=16)
+    batches = data.train_batches(
+        dataset, data.train_val_split(dataset)[0], MaskCollator(4, context_size=4), range(STEPS),
+        batch_size=8, crop_scale=(0.3, 1.0), flip=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = IJEPA(replace(MODELS["vit_nano"], img_size=16, predictor_depth=1))
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    weights = [*model.encoder.parameters(), *model.predictor.parameters()]
+    groups = [[p for p in weights if (p.ndim > 1) == decays] for decays in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], betas=(0.9, 0.98))
+    for done, batch in enumerate(batches, start=1):
+        now = schedule(done)
+        for group, decay in zip(optimizer.param_groups, (now["weight_decay"], 0.0), strict=True):
+            group.update(lr=now["lr"], weight_decay=decay)
+        optimizer.zero_grad()
+        model(*batch).backward()
+        optimizer.step()
+        pairs = zip(model.target_encoder.parameters(), model.encoder.parameters(), strict=True)
+        for target, online in pairs:
+            target.data = now["momentum"] * target + (1 - now["momentum"]) * online.data
+        model.target_norm.update()
+    assert done == STEPS
+    assert_close_weights(load(reference.out)["model"], model.state_dict(), start)
+
+
+def test_log_follows_the_schedules(reference):
     for row in reference.rows:
-        done = int(row["step"])
-        progress = (done - warmup) / (STEPS - warmup)
-        lr = final + (1e-3 - final) * (1 + np.cos(np.pi * progress)) / 2
-        expected = {
-            "lr": start + (1e-3 - start) * done / warmup if done < warmup else lr,
-            "weight_decay": 0.1 - 0.06 * (1 + np.cos(np.pi * done / STEPS)) / 2,
-            "momentum": 0.99 + 0.01 * (done - 1) / STEPS,
-        }
+        expected = schedule(int(row["step"]))
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+    final = 1e-3 * train.RECIPES["vit_nano"].final_lr
     groups = load(reference.out)["optimizer"]["param_groups"]
     decays = [(group["lr"], group["weight_decay"]) for group in groups]
     assert decays == [pytest.approx((final, decay)) for decay in (0.1, 0)]
@@ -259,6 +295,12 @@ def test_options_replace_the_recipe(images):
     assert config.epochs == train.RECIPES["vit_tiny"].epochs
     assert architecture == replace(MODELS["vit_tiny"], patch_size=8)
     assert config.out == f"runs/vit_tiny_{Path(images).name}"
+    options = replace(options, num_targets=2, target_scale=(0.2, 0.3), context_scale=(0.5, 0.6))
+    ours = vars(train.make_masks(options, architecture))
+    theirs = MaskCollator(
+        4, num_targets=2, target_scale=(0.2, 0.3), context_scale=(0.5, 0.6), context_size=3
+    )
+    assert all(np.array_equal(ours[name], value) for name, value in vars(theirs).items())
     assert config.warmup_epochs == train.RECIPES["vit_tiny"].warmup_epochs
     assert train.resolve(replace(options, epochs=4))[0].warmup_epochs == 0.4  # a tenth
     assert train.resolve(train.TrainConfig())[0].epochs == train.DEMO["epochs"]
@@ -300,15 +342,21 @@ def test_signals_save_and_stop(tmp_path, images, number, code, capsys):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
-def test_torchrun_signals_worker_processes_too(tmp_path, images):
-    def session():
-        os.setsid()
-        options = ["--data", images, *SMALL, "--workers", 2, "--out", tmp_path / "run"]
-        run(*options, at=(17, lambda: os.killpg(0, signal.SIGTERM)))
+def test_a_signal_to_one_process_stops_all(tmp_path, images, port):
+    """And leaves those that load images alone: torchrun signals them, too."""
 
-    process = start(call=session)
-    process.join(120)
-    assert process.exitcode == 143 and load(tmp_path / "run")["step"] == 20
+    def process(rank: int):
+        os.setsid()
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
+        options = ["--data", images, *SMALL, "--workers", 1, "--out", tmp_path / "run"]
+        run(*options, at=(17 if rank == 1 else None, lambda: os.killpg(0, signal.SIGTERM)))
+
+    processes = [start(rank, call=process) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [143, 143]
+    assert load(tmp_path / "run")["step"] == 20
 
 
 def test_ctrl_c_in_the_final_evaluation_stops_at_once(tmp_path, images):
