@@ -418,7 +418,9 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # One line, also of an error in a loader process, which comes with its traceback.
+        message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         advice = "lower --batch-size or --train-images, or raise --accum-steps"
@@ -475,6 +477,15 @@ def seeded_generator(*key) -> torch.Generator:
     """A CPU generator that is a function of the key alone, e.g. (seed, "masks", step)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def output_folder(path: str | Path) -> Path:
+    """Create a folder. Raises UserError if that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be created: {error.strerror}") from error
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from data import (
     eval_batches,
     load_dataset,
     option,
+    output_folder,
     parse_args,
     run_main,
     seeded_generator,
@@ -665,6 +666,9 @@ def main() -> None:
     print(f"{sizes['test']:,} test images.")
     if config.labels_per_class:
         print("With few labels, the same validation images and all their labels choose it.")
+    folder = Path(info["file"]).resolve().parent
+    included = WEIGHTS in folder.parents  # which is not for output
+    out = output_folder(config.out or (f"runs/probe_{folder.name}" if included else folder))
     encoders: dict[str, ViT | None] = {"trained": encoder}
     if config.baselines:
         untrained = untrained_encoder(architecture, config.seed)
@@ -684,10 +688,6 @@ def main() -> None:
                 rows.append({"name": f"{name}, {n} per class"} | row)
     print(f"\nAccuracy in %, validation / test\n{format_table(rows)}")
 
-    included = WEIGHTS in Path(info["file"]).parents  # their folder is not for output
-    beside = f"runs/probe_{config.encoder}" if included else Path(info["file"]).parent
-    out = Path(config.out or beside)
-    out.mkdir(parents=True, exist_ok=True)
     result = {"options": asdict(config), "encoder": info, "images": sizes, "rows": rows}
     with atomic_write(out / "probe.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

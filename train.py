@@ -38,6 +38,7 @@ from data import (
     load_dataset,
     main_process_first,
     option,
+    output_folder,
     parse_args,
     run_main,
     seeded_generator,
@@ -440,11 +441,7 @@ class Log:
     )  # fmt: skip
 
     def __init__(self, out: Path, start_step: int, config: TrainConfig):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be created: {error.strerror}") from error
-        self.path, self.rows = out / "log.csv", []
+        self.path, self.rows = output_folder(out) / "log.csv", []
         if start_step and self.path.exists():  # steps after the checkpoint run again
             with self.path.open() as file:
                 self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= start_step]

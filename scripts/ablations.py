@@ -25,7 +25,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's files
 
 from data import Distributed, UserError, atomic_write, distributed, option, parse_args, run_main
-from ijepa import IJEPA, IJEPAConfig, MaskCollator, Range, gather_tokens, init_weights
+from ijepa import IJEPA, MODELS, IJEPAConfig, MaskCollator, Range, gather_tokens, init_weights
+from probe import load_checkpoint
 from train import TrainConfig, train
 
 # ------------------------------------------------------------------------------- losses and targets
@@ -148,7 +149,7 @@ class AblationsConfig:
 
     data: str = option("cifar10", "dataset or folder, as for train.py")
     data_dir: str = option("data", "folder of the named datasets")
-    model: str = option("vit_nano", "model of train.py")
+    model: str = option("vit_nano", "model of train.py", choices=[*MODELS])
     epochs: float = option(15.0, "epochs of every run")
     seeds: tuple[int, ...] = option((0, 1), "one run of each row per seed")
     only: tuple[str, ...] = option((), "these rows; default: all")
@@ -162,15 +163,18 @@ def run_folder(config: AblationsConfig, name: str, seed: int) -> Path:
 def train_once(config: AblationsConfig, name: str, seed: int, world: Distributed) -> None:
     """Train one row with one seed, unless its result exists."""
     out, row = run_folder(config, name, seed), ROWS[name]
+    done, stopped = (out / "result.json").exists(), (out / "last.pt").exists()
     run = TrainConfig(
         model=config.model, data=config.data, data_dir=config.data_dir, epochs=config.epochs,
-        seed=seed, out=str(out), resume=(out / "last.pt").exists(), **row.options,
+        seed=seed, out=str(out), resume=stopped, **row.options,
     )  # fmt: skip
-    if (out / "result.json").exists():
-        saved = json.loads((out / "result.json").read_text())["config"]
+    if done or stopped:
+        file = json.loads((out / "result.json").read_text()) if done else None
+        saved = (file or load_checkpoint(out / "last.pt"))["config"]
         for key in ("model", "data", "epochs"):
             if saved[key] != getattr(run, key):
                 raise UserError(f"{out} was trained with {key} {saved[key]}: choose another --out")
+    if done:
         return
     if code := train(run, world, row.method, row.collator, name):
         sys.exit(code)  # stopped by a signal

@@ -40,7 +40,7 @@ class BenchmarkConfig:
 
 def step_times(config: BenchmarkConfig, device: torch.device, bf16: bool) -> list[float]:
     """Seconds of each timed training step."""
-    recipe, architecture, _ = resolve(TrainConfig(model=config.model))
+    recipe, architecture, _ = resolve(TrainConfig(model=config.model, batch_size=config.batch_size))
     masks = make_masks(recipe, architecture)
     torch.manual_seed(0)
     model = IJEPA(architecture).to(device)

@@ -7,10 +7,11 @@ The defaults suit small models on small images. The paper's, for ViT-H on ImageN
 1 % of the labels (Appendix A.2) and with all of them (Appendix D):
 
     --data imagenet --epochs 50 --batch-size 512 --accum-steps 16 --lr 3e-5 --weight-decay 0.4 \\
-        --labels-fraction 0.01 --bf16 --workers 8
+        --labels-fraction 0.01 --crop-scale 0.08 1 --bf16 --workers 8
     --data imagenet --epochs 50 --batch-size 528 --accum-steps 24 --lr 1e-4 --weight-decay 0.04 \\
-        --mixup 0.8 --cutmix 1 --drop-path 0.25 --bf16 --workers 8
+        --mixup 0.8 --cutmix 1 --drop-path 0.25 --crop-scale 0.08 1 --bf16 --workers 8
 
+The paper's learning rates are taken as they are, not per 256 images: it does not say which.
 Accuracy on the validation images is printed after each epoch. The test images are evaluated once,
 after the last: nothing is chosen with them. Augmentation: random crops, horizontal flips and
 RandAugment of torchvision. Needs timm: pip install -r scripts/requirements.txt
@@ -40,6 +41,7 @@ from data import (
     eval_batches,
     normalize,
     option,
+    output_folder,
     parse_args,
     run_main,
     seeded_generator,
@@ -121,7 +123,8 @@ class AugmentedImages(Dataset):
         self.crop = v2.RandomResizedCrop(dataset.img_size, crop_scale)
         augment = [v2.RandomHorizontalFlip()]
         if rand_augment:  # gray where an image is rotated or moved away
-            augment.append(v2.RandAugment(2, 9, fill=[round(255 * x) for x in MEAN]))
+            gray = [round(255 * x) for x in MEAN]
+            augment.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=gray))  # 9 of 10
         self.augment = v2.Compose(augment)
 
     def __len__(self) -> int:
@@ -212,10 +215,14 @@ def main() -> None:
     config = parse_args(FinetuneConfig, __doc__)
     if Mixup is None:
         raise UserError("this script needs timm: pip install -r scripts/requirements.txt")
+    if min(config.epochs, config.accum_steps) < 1 or config.seed < 0:
+        raise UserError("--epochs and --accum-steps start at 1, --seed at 0")
+    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+        raise UserError("--crop-scale is within 0 to 1, the smaller number first")
     if config.batch_size % (2 * config.accum_steps):  # Mixup mixes pairs
         raise UserError(f"--batch-size must be a multiple of {2 * config.accum_steps}")
     encoder, architecture, info = load_encoder(config.encoder)
-    names = ("encoder", "data", "data_dir", "img_size")
+    names = ("encoder", "data", "data_dir", "img_size", "batch_size", "workers")
     probe_config = ProbeConfig(**{name: getattr(config, name) for name in names})
     splits = load_splits(probe_config, architecture, info)
     dataset, indices = splits["train"]
@@ -224,6 +231,7 @@ def main() -> None:
     sizes = {name: len(idx) for name, (_, idx) in splits.items()}
     if config.batch_size > sizes["train"]:
         raise UserError(f"--batch-size {config.batch_size} exceeds {sizes['train']} labeled images")
+    out = output_folder(config.out) if config.out else None
     print(f"fine-tuning {info['file']} on {sizes['train']:,} labeled images")
 
     torch.manual_seed(config.seed)
@@ -235,9 +243,7 @@ def main() -> None:
         test = evaluate(model, splits["test"], config, device)
     val = rows[-1]["val"]
     print(f"validation {100 * val:.1f} %, test {100 * test:.1f} % ({sizes['test']:,} images)")
-    if config.out:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
+    if out:
         result = {"options": asdict(config), "encoder": info, "images": sizes, "epochs": rows}
         with atomic_write(out / "finetune.json") as temporary:
             temporary.write_text(json.dumps(result | {"val": val, "test": test}, indent=1) + "\n")

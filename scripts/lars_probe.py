@@ -6,6 +6,7 @@
 
 `probe.py` fits features of whole images by L-BFGS, which takes seconds. This script is slower,
 because it encodes fresh random crops in every epoch, but its figures compare with the paper's.
+(The paper also tries heads without batch norm and takes the best; they are left out.)
 One head per feature (last layer, last four concatenated), learning rate and weight decay learns
 from the same crops. The validation images choose among them; the test images are evaluated once.
 Needs timm: pip install -r scripts/requirements.txt
@@ -119,7 +120,9 @@ def main() -> None:
     if Lars is None:
         raise UserError("this script needs timm: pip install -r scripts/requirements.txt")
     encoder, architecture, info = load_encoder(config.encoder)
-    names = ("encoder", "data", "data_dir", "img_size", "train_images")
+    if min(config.epochs, config.accum_steps) < 1:
+        raise UserError("--epochs and --accum-steps start at 1")
+    names = ("encoder", "data", "data_dir", "img_size", "train_images", "batch_size", "workers")
     probe_config = ProbeConfig(**{name: getattr(config, name) for name in names})
     splits = load_splits(probe_config, architecture, info)
     dataset, indices = splits["train"]

@@ -356,7 +356,14 @@ def test_context_patches_are_a_uniform_subset():
     assert torch.equal(context_idx, context_idx.sort(1).values)
 
 
+def test_each_image_has_its_own_context_block():
+    masks = MaskCollator(8, 1, (1 / 64, 1 / 64), (1, 1), (0.25, 1.0), context_size=5)
+    _, free = masks._draw(500, [1, 1], seeded())
+    assert len(free.sum(1).unique()) > 20
+
+
 def test_default_context_size():
+    assert MaskCollator(8).context_size == 14  # nine draws in ten leave as many
     assert MaskCollator(14).context_size == 49  # a quarter, the paper's average
     assert MaskCollator(14, context_size=30).context_size == 30
     few = MaskCollator(8, num_targets=8)  # little is left
@@ -455,7 +462,7 @@ def test_whitened_targets_have_identity_covariance():
 def test_whitening_statistics_match_numpy():
     whitening = Whitening(6, 5, rate=0.25, shrinkage=0.1)
     mean, covariance = 0.0, 0.0
-    for step, x in enumerate(target_batches(7), start=1):
+    for step, x in enumerate(target_batches(40), start=1):
         whitening(x)
         whitening.update()
         rate = max(0.25, 1 / step)  # the average of all batches at first

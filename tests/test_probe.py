@@ -307,13 +307,15 @@ def test_low_shot_samples(monkeypatch):
     seen = []
 
     def fake(features, num_classes, device):
-        seen.append(features["train"][1])
+        seen.append(features["train"])
         return {"knn": [0.1, 0.2, 0.6][len(seen) % 3], "linear_l2": 0.1}
 
     monkeypatch.setattr(probe, "evaluate", fake)
     features = tiny_features()
     row = probe.evaluate_low_shot(features, 3, 5)
-    assert all(y.bincount().tolist() == [5, 5, 5] for y in seen)
+    assert all(y.bincount().tolist() == [5, 5, 5] for _, y in seen)
+    images = {tuple(x[:, -1, 0].tolist()) for x, _ in seen}
+    assert len(images) == len(seen) == 3  # each draw takes others
     assert row["knn"] == pytest.approx(0.3)
     assert row["knn_std"] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
 

@@ -29,7 +29,6 @@ SMALL = {  # what makes a command small enough for a test; later rules see earli
     "--model vit_mini": "--model vit_mini --data images",
     "--model vit_tiny": "--model vit_nano",
     "--model vit_small": "--model vit_nano",
-    "--per-class 13": "--per-class 2",
     "--nproc_per_node 8": "--nproc_per_node 2",
     "torchrun": "python -m torch.distributed.run",
 }

@@ -26,12 +26,13 @@ import lars_probe
 from test_ijepa import paint, with_random_weights
 
 import train
-from data import run_main
-from ijepa import IJEPA, IJEPAConfig, ViT
+from data import FolderDataset, run_main
+from ijepa import IJEPA, IJEPAConfig, MaskCollator, ViT
 from probe import load_encoder, save_encoder
 
+SPLITS = ("validation", "test")
 GOLDEN = Path(__file__).parent / "golden"
-TINY = IJEPAConfig(16, 4, 24, 3, 2, 8, 1, mlp_ratio=3.0)
+TINY = IJEPAConfig(16, 4, 24, 3, 2, 8, 1, mlp_ratio=3.0, norm_eps=1e-3)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -75,10 +76,14 @@ def run(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Options: an untrained encoder, and a folder with images of dark and of bright noise."""
-    for split, count, c in (("train", 30, 0), ("train", 30, 1), ("test", 6, 0), ("test", 6, 1)):
+    """Options: an untrained encoder, and a folder with images of dark and of bright noise.
+
+    The test images have the wrong labels. What chooses by validation images learns the right ones.
+    """
+    for split, count, c in (("train", 30, 0), ("train", 30, 1), ("test", 6, 1), ("test", 6, 0)):
         folder = tmp_path / "images" / split / ("dark", "bright")[c]
         folder.mkdir(parents=True)
+        c = 1 - c if split == "test" else c
         for i in range(count):
             pixels = torch.randint(100 * c, 100 * c + 100, (16, 16, 3)).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
@@ -148,6 +153,9 @@ def test_run_keeps_its_step_and_config(run, tmp_path, monkeypatch):
     encoder, config, info = load_encoder(str(tmp_path / "new"))
     assert (config, info["step"], info["train_config"]) == (TINY, 7, {"data": "folder"})
     equal(encoder.state_dict(), expected.state_dict())
+    call(monkeypatch, convert, run, tmp_path / "new" / "online.safetensors --online")
+    saved = load_file(tmp_path / "new" / "online.safetensors")
+    equal(saved, load_encoder(str(run), online=True)[0].state_dict())
 
 
 def test_width_tells_the_heads_of_vit_huge_and_giant():
@@ -210,12 +218,24 @@ def test_fraction_is_taken_from_each_class():
 
 
 def test_finetune_learns_bright_from_dark(dataset, tmp_path, monkeypatch):
-    options = "--epochs 8 --batch-size 16 --accum-steps 2 --lr 0.01 --no-rand-augment --out"
-    call(monkeypatch, finetune, *dataset, options, tmp_path / "out")
+    options = "--epochs 8 --batch-size 16 --accum-steps 2 --lr 0.01 --no-rand-augment"
+    call(monkeypatch, finetune, *dataset, options, "--layer-decay 0 --out", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "finetune.json").read_text())
-    assert result["test"] > 0.9 and len(result["epochs"]) == 8
+    assert result["val"] > 0.9 and result["test"] < 0.1 and len(result["epochs"]) == 8
+    assert result["epochs"][-1]["val"] == result["val"]
     state = torch.load(tmp_path / "out" / "classifier.pt", weights_only=True)
     finetune.Classifier(ViT(TINY), 2).load_state_dict(state)
+    start = load_encoder(str(dataset[0]))[0].state_dict()
+    moved = {k for k, x in start.items() if not torch.equal(state[f"encoder.{k}"], x)}
+    assert moved == {"norm.weight", "norm.bias"}  # with the head, the last layer: no decay
+
+
+def test_augmented_images_of_a_folder(dataset):
+    images = FolderDataset(dataset[2] / "train", 8)
+    augmented = finetune.AugmentedImages(images, torch.arange(60), (0.5, 1.0), True)
+    (bright, label), (_, other) = augmented[0], augmented[59]
+    assert bright.shape == (3, 8, 8) and bright.dtype == torch.uint8
+    assert (label, other) == (0, 1) and images.classes == ["bright", "dark"]
 
 
 def test_finetune_is_reproducible(dataset, monkeypatch, capsys):
@@ -230,7 +250,22 @@ def test_lars_probe_learns_bright_from_dark(dataset, monkeypatch, capsys):
     call(monkeypatch, lars_probe, *dataset, "--epochs 15 --batch-size 16 --accum-steps 2")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split(":")[0] for line in lines] == ["last layer", "last 4 layers"]
-    assert all(float(line.split("test ")[1].split(" %")[0]) > 90 for line in lines)
+    for line in lines:
+        val, test = (float(line.split(f"{name} ")[1].split(" %")[0]) for name in SPLITS)
+        assert val > 90 and test < 10
+
+
+def test_lars_learning_rate_falls_twice_or_thrice(dataset, monkeypatch):
+    scales, step = [], lars_probe.Head.step
+
+    def recorded(head, x, y, lr_scale):
+        scales.append(lr_scale)
+        step(head, x, y, lr_scale)
+
+    monkeypatch.setattr(lars_probe.Head, "step", recorded)
+    call(monkeypatch, lars_probe, *dataset, "--epochs 3 --batch-size 16")  # 10 steps of 16 heads
+    expected = [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001]
+    assert scales[::16] == pytest.approx(expected)
 
 
 def test_lars_step_is_a_fraction_of_the_norm():
@@ -250,6 +285,17 @@ def test_benchmark_prints_one_line(run, monkeypatch, capsys):
 def test_script_errors_are_one_line(dataset, monkeypatch, capsys):
     error = functools.partial(error_line, capsys, monkeypatch)
     assert "multiple of 2" in error(finetune, *dataset, "--batch-size 3")
+    for module in (finetune, lars_probe):
+        assert "--epochs" in error(module, *dataset, "--epochs 0")
+        assert "--accum-steps" in error(module, *dataset, "--accum-steps 0")
+        assert "--batch-size starts at 1" in error(module, *dataset, "--batch-size 0")
+        assert "--workers at 0" in error(module, *dataset, "--batch-size 16 --workers -1")
+    assert "--crop-scale" in error(finetune, *dataset, "--crop-scale 1 0.2")
+    (dataset[2] / "file").touch()
+    options = "--batch-size 16 --out", dataset[2] / "file"
+    assert "cannot be created" in error(finetune, *dataset, *options)
+    assert "'vit_nanoo'" in error(ablations, "--model vit_nanoo")
+    assert "two images" in error(benchmark, "--batch-size 1")
     for module, name in ((finetune, "Mixup"), (lars_probe, "Lars")):
         assert "54 labeled" in error(module, *dataset, "--batch-size 64")
         monkeypatch.setattr(module, name, None)
@@ -274,10 +320,8 @@ def test_pixel_targets_are_normalized_patches(batch, target_norm):
     model.update_target(0.9)
 
 
-@pytest.mark.parametrize(
-    "method, context_matters", [(IJEPA, True), (ablations.InputMasking, False)]
-)
-def test_targets_know_their_surroundings(batch, method, context_matters):
+@pytest.mark.parametrize("method", [IJEPA, ablations.InputMasking])
+def test_targets_know_their_surroundings(batch, method):
     images, context_idx, target_idx = batch
     model = with_random_weights(method(TINY))
     targets = model.targets(images, target_idx)
@@ -313,11 +357,13 @@ def test_masks_of_the_other_strategies(strategy, num_targets, grid):
         assert len(blocks.unique()) == blocks.numel()
         if strategy == "random":
             assert blocks.numel() == round(0.6 * n)
+            assert len(context) == n - blocks.numel()  # all the others
             continue
         rows, columns = blocks // grid[1], blocks % grid[1]
         height, width = (x.amax(1) - x.amin(1) + 1 for x in (rows, columns))
         assert (height * width == blocks.shape[1]).all()  # rectangles
         if strategy == "rasterized":
+            assert len(context) == n // 4
             assert (height == grid[0] // 2).all() and (width == grid[1] // 2).all()
             assert (rows.amin(1) % (grid[0] // 2) == 0).all()
             assert (columns.amin(1) % (grid[1] // 2) == 0).all()
@@ -352,6 +398,10 @@ def test_ablations_train_every_row_once(monkeypatch, tmp_path, capsys):
     options = ["--data textures --epochs 2 --seeds 3 5 --out", tmp_path]
     call(monkeypatch, ablations, *options)
     assert len(calls) == 2 * len(ablations.ROWS)
+    methods = {"pixels": "PixelTargets", "input mask": "InputMasking", "L2 loss": "L2Loss"}
+    for name, row in ablations.ROWS.items():
+        assert row.method.__name__ == methods.get(name, "IJEPA")
+        assert row.collator is ablations.STRATEGIES.get(name, MaskCollator)
     for (name, row), seed in itertools.product(ablations.ROWS.items(), (3, 5)):
         run, *passed = calls[f"{name.replace(' ', '_')}_seed{seed}"]
         assert passed == [row.method, row.collator, name]
@@ -365,12 +415,17 @@ def test_ablations_train_every_row_once(monkeypatch, tmp_path, capsys):
 
     calls.clear()
     folder = tmp_path / "pixels_seed3"
-    (folder / "result.json").rename(folder / "last.pt")  # as if stopped
+    saved = json.loads((folder / "result.json").read_text())["config"]
+    (folder / "result.json").unlink()  # as if stopped
+    torch.save({"config": saved, "architecture": {}, "model": {}, "step": 1}, folder / "last.pt")
     monkeypatch.setattr(ablations, "train", lambda run, *_: calls.update(run=run) or 143)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, ablations, *options)
     assert stopped.value.code == 143
     assert calls["run"].resume and calls["run"].out == str(folder)
+    monkeypatch.undo()
+    message = error_line(capsys, monkeypatch, ablations, *options, "--only pixels --model vit_tiny")
+    assert "was trained with model vit_nano: choose another --out" in message
 
 
 def test_ablations_refuse_an_unknown_row(monkeypatch, capsys):
@@ -378,7 +433,7 @@ def test_ablations_refuse_an_unknown_row(monkeypatch, capsys):
     assert "no row ['pixel']" in message and "I-JEPA" in message
 
 
-def test_ablations_resume_with_their_own_classes_and_options(monkeypatch, tmp_path, capsys):
+def test_ablations_and_train_keep_their_runs_apart(monkeypatch, tmp_path, capsys):
     options = "--data textures --epochs 0.02 --seeds 0 --only", "random", "--out", tmp_path
     call(monkeypatch, ablations, *options)
     out = tmp_path / "random_seed0"
