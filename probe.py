@@ -499,10 +499,10 @@ def _one_per_class(labels: Tensor, classes: int = 8) -> list[int]:
 
 
 def _only(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The image (3, H, W) with everything but some patches faded."""
+    """The image (3, H, W) with everything but some patches gray."""
     keep = torch.zeros(grid[0] * grid[1]).index_fill_(0, patches, 1.0).view(1, 1, *grid)
     keep = F.interpolate(keep, size=image.shape[-2:], mode="nearest")[0]
-    return (255 - (255 - image.float()) * (0.1 + 0.9 * keep)).to(torch.uint8)
+    return torch.where(keep > 0, image, torch.tensor(224, dtype=torch.uint8))
 
 
 def draw_neighbors(path: Path, splits: Splits, split: str, neighbors: Tensor, masks=None) -> None:
@@ -601,6 +601,9 @@ def draw_curves(path: Path, rows: Sequence[dict]) -> None:
             steps = [int(row["step"]) for row in shown]
             values = [float(row[name]) * (100 if name == "knn" else 1) for row in shown]
             axis.plot(steps, values, color=color, label=name, marker="." if len(shown) < 30 else "")
+        if "loss" in names:  # the first steps would flatten the rest
+            late = [float(r[n]) for r in rows[len(rows) // 20 :] for n in names if r.get(n)]
+            axis.set_ylim(0.98 * min(late), 1.02 * max(late))
         axis.set(xlabel="step", title=title)
         if len(names) > 1:
             axis.legend()
