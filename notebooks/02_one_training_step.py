@@ -132,7 +132,7 @@ print("whole", tuple(whole.shape), "targets", tuple(targets.shape))
 # The predictor is a narrow ViT. A linear layer makes the context narrower (D to P), and the
 # positions are added again. Each patch to predict gets a **mask token**: one learned vector, the
 # same for all patches, plus the position of the patch. A last linear layer goes back from P to D.
-# The four blocks are predicted one at a time, so each pass has K + T tokens.
+# Each block is predicted separately: the four are four rows of a batch, with K + T tokens each.
 
 # %%
 narrow_positions = model.predictor.predictor_pos_embed  # (N, P)

@@ -123,9 +123,9 @@ drawing.curves(runs, TITLES)
 # The `vit_nano` encoder of this repository was trained by `train.py` for 15 epochs on all 45,000
 # images. It differs from our short run in more than its length. The targets are *whitened*:
 # decorrelated, so that all directions have about the same variance (exercise 3). AdamW averages
-# squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size, momentum and
-# learning rate differ, too, and are printed below. So we cannot say which of them causes a
-# difference to our curves.
+# squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size and momentum
+# differ, too, and are printed below; the learning rate falls along a cosine. So we cannot say which
+# of them causes a difference to our curves.
 #
 # Here 20-NN uses 10,000 training images, and RankMe 5,000 validation images. So do not compare
 # these numbers with those above, only along the curve. The validation loss is the loss on
@@ -147,21 +147,21 @@ titles = {"loss": "training loss", "val_loss": "validation loss"}
 titles |= {"knn": "20-NN, %", "rankme": "RankMe"}
 drawing.curves({"long run": long_run}, titles, x="epoch", zero=False)
 
-last, most = log[-1], max(row["lr"] for row in log)
+first, last, most = log[0], log[-1], max(row["lr"] for row in log)
 print("images per step", round(45_000 * last["epoch"] / last["step"]), end=", ")
-print(f"momentum {log[0]['momentum']:.4g} to {last['momentum']:.4g}, learning rate to {most:.2g}")
+print(f"lr {most:.2g} to {last['lr']:.2g}, EMA {first['momentum']:.4g} to {last['momentum']:.4g}")
 
 # %% [markdown]
 # From epoch 3 to 12 both losses mostly *rise*, and 20-NN accuracy and RankMe rise, too. In the last
-# epochs all four hardly change: the momentum goes to 1, so the target encoder stops following. How
-# can a network get better while its loss gets worse?
+# epochs all four hardly change: the learning rate falls to a hundredth of its peak and the momentum
+# goes to 1, so both encoders almost stop. How can a network get better while its loss gets worse?
 #
 # Our explanation: the targets come from the network itself. If they hold more about the image, they
 # are harder to predict. **So the loss does not say how good the representation is**, and losses of
 # different runs cannot be compared. RankMe follows 20-NN closely here, and needs no labels.
 #
-# The momentum matters at the end. With a constant 0.998, 20-NN fell after epoch 10, while the
-# validation loss fell, too (`results/README.md`).
+# The momentum matters at the end. In a run of 20 epochs with a constant 0.998, 20-NN fell after
+# epoch 10, while the validation loss fell, too (`results/README.md`).
 #
 # ## Break it, 1: without EMA
 #
@@ -208,6 +208,7 @@ class WithoutStopGradient(IJEPA):
 
 torch.manual_seed(0)
 without_stop_gradient = WithoutStopGradient(config)
+# Targets come from the encoder. Momentum 0 copies it to the target encoder, which is measured.
 runs["without stop-gradient"] = train(without_stop_gradient, momentum=0.0)
 drawing.curves(runs, TITLES)
 
@@ -248,7 +249,7 @@ drawing.similarities(matrices, "cosine similarity")
 # | loss | No. A broken run can look best. |
 # | 20-NN | No. The run without stop-gradient even has the highest. Exercise 2 shows why. |
 # | RankMe | Yes, and without labels. It falls below 3. |
-# | feature std | Yes, and without labels. It falls to a tenth or less. |
+# | feature std | Yes, and without labels. It falls to about a tenth, or far less. |
 #
 # So stop-gradient alone does not prevent the collapse here. The targets must also follow slowly.
 # With both, a constant would still give a loss of zero, but training does not go there. Why that

@@ -123,10 +123,10 @@ for name, (train_x, val_x) in features.items():
 # ## k-NN: no training at all
 #
 # For each validation image we look for the 20 training images with the most similar features, by
-# cosine similarity. The class that occurs most often among them is the prediction. (In the long run
-# of notebook 3 and in `probe.py`, more similar images count more, features are not shifted and
-# scaled, and all 5,000 validation images are used; `probe.py` also learns from all 45,000 training
-# images. So their numbers differ from these.)
+# cosine similarity. The class that occurs most often among them is the prediction. (`probe.py` and
+# the long run of notebook 3 weight votes by similarity, do not standardize the features, and use
+# all 5,000 validation images; `probe.py` also learns from all 45,000 training images. So their
+# numbers differ from these.)
 #
 # > **Question.** Guess before you run the cell: how accurate are pixels, the untrained encoder and
 # > the trained one? Chance is 10 %.
@@ -195,8 +195,8 @@ predicted = heads["trained"](features["trained"][1]).argmax(1)
 drawing.confusion(confusion(predicted), dataset.classes)
 
 # %% [markdown]
-# The diagonal is what is right. The largest mistakes are trucks taken for automobiles (24 %), dogs
-# for cats and cats for dogs (21 %), automobiles for trucks (20 %) and airplanes for ships (18 %).
+# The diagonal is what is right. The largest mistakes are trucks predicted as automobiles (24 %),
+# dogs as cats and cats as dogs (21 %), automobiles as trucks (20 %) and airplanes as ships (18 %).
 # Airplanes and ships share a blue background. The others are about shape and content, and you might
 # make them, too, at 32 x 32 pixels.
 #
@@ -286,8 +286,8 @@ drawing.draws(found, numbers, "labels per class", "validation accuracy, %")
 # drawing.confusion(confusion(predicted), dataset.classes)
 # ```
 #
-# The diagonal is lower in all rows. Pixels take an animal for a vehicle, or a vehicle for an
-# animal, about twice as often as the trained encoder does. Cats and dogs are confused by both:
+# The diagonal is lower in all rows. With pixels, animals are predicted as vehicles, or vehicles as
+# animals, about twice as often as with the trained encoder. Cats and dogs are confused by both:
 # they differ in small things only.
 #
 # </details>

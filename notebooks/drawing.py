@@ -124,17 +124,20 @@ def positions(similarity, patches, grid: int = 14) -> None:
         heat = axis.imshow(similarity[patch].view(grid, grid), cmap="cividis", vmin=0.65, vmax=1)
         axis.plot(patch % grid, patch // grid, "x", color=VERMILION, ms=16, mew=4)
         axis.set_title(f"patch {patch}: row {patch // grid}, column {patch % grid}")
+        axis.set(xlabel="column", ylabel="row")
     figure.colorbar(heat, ax=axes, label="cosine similarity")
 
 
 def gradients(norms: dict[str, float], patches) -> None:
     """Norms of the gradients of some parts as bars, and a map of those of the patches (H, W)."""
-    _, (left, right) = plt.subplots(1, 2, figsize=(14, 5), width_ratios=(1.7, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), width_ratios=(1.7, 1))
     bars = left.barh(list(norms), list(norms.values()), color=CONTEXT)
     left.bar_label(bars, [f"{x:.3f}" if x else "no gradient" for x in norms.values()], padding=5)
     left.set(xlabel="norm of the gradient", ylim=(len(norms) - 0.4, -0.6))
-    right.imshow(patches, cmap="cividis")
-    right.set_title("mean gradient of each patch")
+    heat = right.imshow(patches, cmap="cividis")
+    right.set(title="mean absolute gradient of a patch", xlabel="column", ylabel="row")
+    right.locator_params(integer=True)
+    figure.colorbar(heat, ax=right)
 
 
 def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step", zero=True) -> None:
