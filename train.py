@@ -144,7 +144,9 @@ NANO_RECIPE = replace(
 )
 RECIPES = {
     "vit_nano": NANO_RECIPE,
-    "vit_mini": replace(NANO_RECIPE, data="cifar10", epochs=32, batch_size=48),
+    "vit_mini": replace(
+        NANO_RECIPE, data="cifar10", epochs=32, batch_size=48, weight_decay=(0.04, 0.4)
+    ),
     "vit_tiny": SMALL_RECIPE,
     "vit_small": SMALL_RECIPE,
     "vit_huge": Recipe(epochs=300),
