@@ -359,7 +359,7 @@ def test_context_patches_are_a_uniform_subset():
 def test_each_image_has_its_own_context_block():
     masks = MaskCollator(8, 1, (1 / 64, 1 / 64), (1, 1), (0.25, 1.0), context_size=5)
     _, free = masks._draw(500, [1, 1], seeded())
-    assert len(free.sum(1).unique()) > 20
+    assert len(free.sum(1).unique()) > 5
 
 
 def test_default_context_size():
