@@ -280,7 +280,7 @@ class _BatchDataset(torch.utils.data.Dataset):
 
 
 def _leave_signals(_: int) -> None:
-    """Ctrl-C and torchrun signal all processes of a session; only the main one is to stop."""
+    """Ctrl-C and torchrun signal a whole process group; only the main one is to stop."""
     if hasattr(os, "setsid"):
         os.setsid()
     else:  # Windows

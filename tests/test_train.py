@@ -325,7 +325,8 @@ def test_resume_needs_only_the_folder(tmp_path, images, reference):
     (tmp_path / "run" / "log.csv").unlink()
     run("--out", tmp_path / "run", "--resume", "--workers", 1, "--save-every", 1)
     ours, theirs = load(tmp_path / "run"), load(reference.out)
-    assert_equal(ours["model"], theirs["model"])
+    for part in ("step", "model", "optimizer", "architecture"):
+        assert_equal(ours[part], theirs[part], part)
     assert ours["config"]["bf16"] is False  # whatever device resumes
     assert log_of(tmp_path / "run") == [r for r in log_of(reference.out) if int(r["step"]) > 8]
 
