@@ -57,7 +57,7 @@ class MemoryDataset:
 class FolderDataset:
     """Images in `<folder>/<class>/`, decoded on demand. Raises UserError if there are none.
 
-    A damaged file is replaced by the next readable one of its class.
+    A damaged file is replaced by the next readable one of its class, whatever its split.
     """
 
     def __init__(self, folder: str | Path, img_size: int):
@@ -115,29 +115,27 @@ class FolderDataset:
 
 
 Dataset = MemoryDataset | FolderDataset
-IMG_SIZES = {"textures": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet": 224}
+NAMES = ("textures", "cifar10", "cifar100", "stl10", "imagenet")
 
 
-def load_dataset(
-    name: str, split: str, data_dir: str = "data", img_size: int | None = None
-) -> Dataset:
+def load_dataset(name: str, split: str, img_size: int, data_dir: str = "data") -> Dataset:
     """Load the "train" or the "test" split of a dataset.
 
     Args:
-        name: one of `IMG_SIZES`, or a folder with train/<class>/ and test/<class>/ or val/<class>/.
+        name: one of `NAMES`, or a folder with train/<class>/ and test/<class>/ or val/<class>/.
+        img_size: side in pixels. A folder whose first image has this size, 64 or less, is loaded
+            into memory; from other folders, images are cropped as they are needed.
         data_dir: where named datasets are, or are downloaded to.
-        img_size: side in pixels; by default that of `IMG_SIZES`, or 224 for a folder.
     Raises:
         UserError: if there is no such dataset, or it cannot be downloaded.
     """
-    img_size = img_size or IMG_SIZES.get(name, 224)
     if name == "textures":
         return textures_dataset(split, img_size)
     if name in ("cifar10", "cifar100", "stl10"):
         return _download(name, split, data_dir, img_size)
     root = Path(data_dir, "imagenet") if name == "imagenet" else Path(name)
     if not root.is_dir():
-        names = ", ".join(IMG_SIZES)
+        names = ", ".join(NAMES)
         raise UserError(f"--data {name}: there is no folder {root}; named datasets are {names}")
     folder = root / "val" if split == "test" and not (root / "test").is_dir() else root / split
     dataset = FolderDataset(folder, img_size)
@@ -267,8 +265,7 @@ class _BatchDataset(torch.utils.data.Dataset):
     def loaded(self, batches: Iterable[list[Tensor]], device, workers: int | None):
         """The images and the other tensors of each batch, on the device."""
         pin = torch.device(device).type == "cuda"
-        if workers is None:
-            workers = 8 if pin and isinstance(self.dataset, FolderDataset) else 0
+        workers = loader_workers(workers, self.dataset, device)
         loader = DataLoader(  # without a batch size, because an item is a batch already
             self, None, sampler=batches, num_workers=workers, pin_memory=pin,
             worker_init_fn=_leave_signals, generator=torch.Generator(),  # not the global one
@@ -277,6 +274,14 @@ class _BatchDataset(torch.utils.data.Dataset):
             if damaged:
                 self.dataset.report(damaged)
             yield [x.to(device, non_blocking=True) for x in tensors]
+
+
+def loader_workers(workers: int | None, dataset: Dataset, device) -> int:
+    """`workers`; if None, 8 for a folder beside a GPU, otherwise 0."""
+    if workers is not None:
+        return workers
+    beside_gpu = torch.device(device).type == "cuda"
+    return 8 if beside_gpu and isinstance(dataset, FolderDataset) else 0
 
 
 def _leave_signals(_: int) -> None:
@@ -300,7 +305,7 @@ def train_batches(
         batch_size: images per step, over all processes and accumulation steps.
         crop_scale: range of a crop's fraction of the image area. (1, 1): no cropping.
         flip: horizontal flip, p = 0.5.
-        workers: processes that load images; None: 8 for a folder beside a GPU, otherwise 0.
+        workers: processes that load images; None: as `loader_workers` says.
     Returns:
         An iterator over images (b, 3, S, S) float32, normalized; then context_idx (b, K) and
         target_idx (b, M, T), or labels (b,) without masks.

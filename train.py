@@ -2,7 +2,7 @@
 
     python train.py                                            # offline demo, a few minutes
     python train.py --model vit_tiny --data cifar10            # downloads 170 MB
-    python train.py --model vit_small --data path/to/folder    # folder/train/<class>/<image>
+    python train.py --model vit_small --data path/to/folder --img-size 96 --patch-size 8
     torchrun --nproc_per_node 8 train.py --model vit_huge      # ImageNet in data/imagenet
     python train.py --model vit_tiny --data cifar10 --resume   # continue a stopped run
 
@@ -104,16 +104,18 @@ class TrainConfig:
 
     device: str | None = option(None, "cpu or cuda; default: a GPU if there is one", "hardware")
     bf16: bool | None = option(None, "bfloat16 autocast; default: on a GPU that has it", "hardware")
-    compile: bool = option(False, "torch.compile every transformer layer", "hardware")
+    compile: bool | None = option(None, "torch.compile every transformer layer", "hardware")
     workers: int | None = option(
         None, "processes that load a folder's images; default: 8 beside a GPU, or 0", "hardware"
     )
 
     out: str | None = option(None, "folder of the run; default: runs/<model>_<data>", "logging")
     resume: bool = option(False, "continue the run in --out, with its options", "logging")
-    eval_every: float = option(1.0, "epochs between evaluations", "logging")
+    eval_every: float = option(
+        1.0, "epochs between evaluations, on up to 15,000 images each", "logging"
+    )
     save_every: float = option(10.0, "minutes between checkpoints", "logging")
-    wandb: bool = option(False, "log to Weights & Biases, too", "logging")
+    wandb: bool | None = option(None, "log to Weights & Biases, too", "logging")
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
 # ------------------------------------------------------------------------------------ training
 
 EVAL_IMAGES = 10_000  # training images that k-NN and linear probes learn from, at most
+EVAL_BATCH = 100  # small, because an evaluation shares the memory with the training
 LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only here or at evaluations
 
 
@@ -213,7 +216,7 @@ def train(
         raise UserError(f"{out} already holds a run: add --resume, or choose another --out")
 
     with main_process_first(world):  # it may download
-        dataset = load_dataset(config.data, "train", config.data_dir, architecture.img_size)
+        dataset = load_dataset(config.data, "train", architecture.img_size, config.data_dir)
     train_idx, _ = train_val_split(dataset)
     masks = make_masks(config, architecture, collator)
     epoch_steps = len(train_idx) / config.batch_size
@@ -412,7 +415,7 @@ class Validation:
         self.device, self.workers, self.bf16 = device, workers, bf16
 
     def features(self, encoder) -> probe.Features:
-        options = {"bf16": self.bf16, "workers": self.workers}
+        options = {"bf16": self.bf16, "batch_size": EVAL_BATCH, "workers": self.workers}
         return probe.extract_splits(self.splits, encoder, self.device, **options)
 
     def metrics(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
@@ -426,7 +429,7 @@ class Validation:
         dataset, indices = self.splits["val"]
         total, generator = 0.0, seeded_generator("validation masks")
         model.eval()  # validation images must not enter the statistics of `Whitening`
-        for images in eval_batches(dataset, indices, self.device, 100, self.workers):
+        for images in eval_batches(dataset, indices, self.device, EVAL_BATCH, self.workers):
             masks_idx = (idx.to(self.device) for idx in masks.sample(len(images), generator))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 total += model(images, *masks_idx).item() * len(images)
@@ -478,10 +481,11 @@ def start_wandb(config: TrainConfig):
 
 def describe(config: TrainConfig, model: IJEPA, num_images: int, steps: range, device) -> str:
     count = sum(p.numel() for p in model.encoder.parameters())
+    size, patch = model.config.img_size, model.config.patch_size
     return (
         f"{config.model}, encoder of {count / 1e6:.1f} M parameters, on {num_images:,} images of "
-        f"{config.data}; steps {steps.start} to {steps.stop}, batch {config.batch_size}, {device}; "
-        f"output in {config.out}"
+        f"{config.data}, {size} pixels in patches of {patch}; steps {steps.start} to {steps.stop}, "
+        f"batch {config.batch_size}, {device}; output in {config.out}"
     )
 
 

@@ -28,7 +28,7 @@ def load_images(name: str):
     from data import UserError, load_dataset  # the notebook has made them importable by now
 
     try:
-        data = load_dataset(os.environ.get("IJEPA_DATA", name), "train", "../data", img_size=32)
+        data = load_dataset(os.environ.get("IJEPA_DATA", name), "train", 32, "../data")
     except UserError as error:
         file = "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz"
         raise SystemExit(f"No images: {error}. Put {file} into ../data.") from None

@@ -13,8 +13,9 @@ The defaults suit small models on small images. The paper's, for ViT-H on ImageN
 
 The paper's learning rates are taken as they are, not per 256 images: it does not say which.
 Accuracy on the validation images is printed after each epoch. The test images are evaluated once,
-after the last: nothing is chosen with them. Augmentation: random crops, horizontal flips and
-RandAugment of torchvision. Needs timm: pip install -r scripts/requirements.txt
+after the last: nothing is chosen with them. Then the folder --out holds finetune.json and
+classifier.pt, whose encoder probe.py and convert.py read with --online. Augmentation: random crops,
+horizontal flips and RandAugment of torchvision. Needs timm: pip install -r scripts/requirements.txt
 """
 
 import json
@@ -39,6 +40,7 @@ from data import (
     atomic_write,
     distributed,
     eval_batches,
+    loader_workers,
     normalize,
     option,
     output_folder,
@@ -83,10 +85,12 @@ class FinetuneConfig:
     cutmix: float = option(0.0, "alpha of CutMix; 0: none", "regularization")
     drop_path: float = option(0.0, "of the last layer; less in those below", "regularization")
 
-    out: str | None = option(None, "folder for finetune.json and classifier.pt", "output")
+    out: str | None = option(None, "folder of the results; default: runs/finetune_NAME", "output")
     device: str | None = option(None, "cpu, cuda or cuda:1; default: a GPU if any", "hardware")
     bf16: bool = option(False, "bfloat16 autocast", "hardware")
-    workers: int = option(0, "processes that load images", "hardware")
+    workers: int | None = option(
+        None, "processes that load a folder's images; default: 8 beside a GPU, or 0", "hardware"
+    )
 
 
 class Classifier(nn.Module):
@@ -168,7 +172,8 @@ def finetune(model: Classifier, splits: dict, config: FinetuneConfig, device) ->
     dataset, indices = splits["train"]
     images = AugmentedImages(dataset, indices, config.crop_scale, config.rand_augment)
     loader = DataLoader(
-        images, config.batch_size, shuffle=True, drop_last=True, num_workers=config.workers,
+        images, config.batch_size, shuffle=True, drop_last=True,
+        num_workers=loader_workers(config.workers, dataset, device),
         generator=torch.Generator().manual_seed(config.seed),
     )  # fmt: skip
     mixup, smoothing = None, config.label_smoothing
@@ -231,7 +236,8 @@ def main() -> None:
     sizes = {name: len(idx) for name, (_, idx) in splits.items()}
     if config.batch_size > sizes["train"]:
         raise UserError(f"--batch-size {config.batch_size} exceeds {sizes['train']} labeled images")
-    out = output_folder(config.out) if config.out else None
+    folder = Path(info["file"]).resolve().parent
+    out = output_folder(config.out or f"runs/finetune_{folder.name}")
     print(f"fine-tuning {info['file']} on {sizes['train']:,} labeled images")
 
     torch.manual_seed(config.seed)
@@ -243,12 +249,19 @@ def main() -> None:
         test = evaluate(model, splits["test"], config, device)
     val = rows[-1]["val"]
     print(f"validation {100 * val:.1f} %, test {100 * test:.1f} % ({sizes['test']:,} images)")
-    if out:
-        result = {"options": asdict(config), "encoder": info, "images": sizes, "epochs": rows}
-        with atomic_write(out / "finetune.json") as temporary:
-            temporary.write_text(json.dumps(result | {"val": val, "test": test}, indent=1) + "\n")
-        with atomic_write(out / "classifier.pt") as temporary:
-            torch.save(model.state_dict(), temporary)
+    result = {"options": asdict(config), "encoder": info, "images": sizes, "epochs": rows}
+    with atomic_write(out / "finetune.json") as temporary:
+        temporary.write_text(json.dumps(result | {"val": val, "test": test}, indent=1) + "\n")
+    state = {
+        "config": info["train_config"],  # from here on as in a checkpoint of train.py
+        "architecture": asdict(architecture),
+        "step": info["step"],
+        "model": model.state_dict(),
+        "classes": dataset.classes,
+    }
+    with atomic_write(out / "classifier.pt") as temporary:
+        torch.save(state, temporary)
+    print(f"Wrote finetune.json and classifier.pt to {out}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ class LarsConfig:
     seed: int = option(0, "of order, crops and initial heads")
     device: str | None = option(None, "cpu, cuda or cuda:1; default: a GPU if there is one")
     bf16: bool = option(False, "compute features in bfloat16")
-    workers: int = option(0, "processes that load images")
+    workers: int | None = option(
+        None, "processes that load a folder's images; default: 8 beside a GPU, or 0"
+    )
 
 
 class Head(nn.Module):

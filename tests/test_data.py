@@ -290,7 +290,7 @@ def test_folder_without_readable_image_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["test", "val"])
 def test_test_split_is_test_or_val(tmp_path, name):
     root = make_folder(make_folder(tmp_path, 2), 3, split=name)
-    dataset = data.load_dataset(str(root), "test", img_size=8)
+    dataset = data.load_dataset(str(root), "test", 8)
     assert (len(dataset), dataset.classes) == (6, ["cat", "dog"])
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -298,7 +298,7 @@ def test_test_split_is_test_or_val(tmp_path, name):
 def test_folders_that_cannot_be_used_say_why(tmp_path):
     def message(name, split="train"):
         with pytest.raises(data.UserError) as error:
-            data.load_dataset(str(name), split, str(tmp_path))
+            data.load_dataset(str(name), split, 8, str(tmp_path))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -325,11 +325,11 @@ class FakeCIFAR:
 
 def test_cifar_is_loaded_into_memory_and_resized(monkeypatch):
     monkeypatch.setattr(datasets, "CIFAR10", FakeCIFAR)
-    train, test = (data.load_dataset("cifar10", split) for split in ("train", "test"))
+    train, test = (data.load_dataset("cifar10", split, 32) for split in ("train", "test"))
     assert np.array_equal(train.images.permute(0, 2, 3, 1), FakeCIFAR("", True, True).data)
     assert torch.equal(test.images, train.images + 1)
     assert train.labels.tolist() == [0, 1, 1]
-    assert data.load_dataset("cifar10", "train", img_size=48).img_size == 48
+    assert data.load_dataset("cifar10", "train", 48).img_size == 48
 
 
 def test_failed_download_names_what_needs_none(monkeypatch):
@@ -338,7 +338,7 @@ def test_failed_download_names_what_needs_none(monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR100", offline)
     with pytest.raises(data.UserError, match=r"unreachable.*--data textures needs no download"):
-        data.load_dataset("cifar100", "train")
+        data.load_dataset("cifar100", "train", 32)
 
 
 @pytest.mark.parametrize(("labelled", "n_val"), [(25, 2), (60_000, 5000)])

@@ -5,7 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -205,11 +205,11 @@ def test_feature_std_closed_forms():
 
 
 def test_features_are_pooled_layers():
-    encoder, data = ViT(TINY), colored_dataset(10)
+    encoder, data = ViT(replace(TINY, depth=5)), colored_dataset(10)
     indices = torch.arange(10)
-    x = probe.extract_features(encoder, eval_batches(data, indices, "cpu", batch_size=4), 2)
+    x = probe.extract_features(encoder, eval_batches(data, indices, "cpu", batch_size=4))
     images = next(eval_batches(data, indices, "cpu"))
-    expected = torch.stack([t.mean(1) for t in encoder.get_intermediate_layers(images, 2)], dim=1)
+    expected = torch.stack([t.mean(1) for t in encoder.get_intermediate_layers(images, 4)], dim=1)
     torch.testing.assert_close(x, expected)
     torch.testing.assert_close(x[:, -1], encoder(images).mean(1))
     assert encoder.training  # as before
@@ -394,6 +394,21 @@ def test_safetensors_round_trip(tmp_path, half):
     assert config == TINY and (info["step"], info["train_config"]) == (3, {"data": "stl10"})
     for a, b in zip(loaded.parameters(), encoder.parameters(), strict=True):
         assert torch.equal(a, b.half().float() if half else b)
+
+
+def test_figures_show_eight_images_of_different_classes_first():
+    assert probe._one_per_class(torch.tensor([3, 3, 1, 3, 1, 1, 1, 1, 1])) == [
+        2,
+        0,
+        1,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
+    assert probe._one_per_class(torch.arange(20)) == list(range(8))
+    assert probe._one_per_class(torch.zeros(3)) == [0, 1, 2]
 
 
 def test_included_weights_by_name(tmp_path, monkeypatch):

@@ -223,10 +223,13 @@ def test_finetune_learns_bright_from_dark(dataset, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert result["val"] > 0.9 and result["test"] < 0.1 and len(result["epochs"]) == 8
     assert result["epochs"][-1]["val"] == result["val"]
-    state = torch.load(tmp_path / "out" / "classifier.pt", weights_only=True)
-    finetune.Classifier(ViT(TINY), 2).load_state_dict(state)
-    start = load_encoder(str(dataset[0]))[0].state_dict()
-    moved = {k for k, x in start.items() if not torch.equal(state[f"encoder.{k}"], x)}
+    path = str(tmp_path / "out" / "classifier.pt")
+    saved = torch.load(path, weights_only=True)
+    finetune.Classifier(ViT(TINY), 2).load_state_dict(saved["model"])
+    assert saved["classes"] == ["bright", "dark"]
+    start, end = load_encoder(str(dataset[0]))[0], load_encoder(path, online=True)[0]
+    end = end.state_dict()
+    moved = {k for k, x in start.state_dict().items() if not torch.equal(end[k], x)}
     assert moved == {"norm.weight", "norm.bias"}  # with the head, the last layer: no decay
 
 
@@ -238,12 +241,14 @@ def test_augmented_images_of_a_folder(dataset):
     assert (label, other) == (0, 1) and images.classes == ["bright", "dark"]
 
 
-def test_finetune_is_reproducible(dataset, monkeypatch, capsys):
+def test_finetune_is_reproducible(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # for the default of --out
     options = "--epochs 2 --batch-size 8 --mixup 0.8 --cutmix 1 --drop-path 0.2"
     call(monkeypatch, finetune, *dataset, options, "--labels-fraction 0.5")
     first = capsys.readouterr().out
     call(monkeypatch, finetune, *dataset, options, "--labels-fraction 0.5")
     assert capsys.readouterr().out == first and "on 28 labeled images" in first
+    assert (tmp_path / "runs" / f"finetune_{dataset[0].parent.name}" / "classifier.pt").exists()
 
 
 def test_lars_probe_learns_bright_from_dark(dataset, monkeypatch, capsys):

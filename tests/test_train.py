@@ -259,7 +259,14 @@ def test_figures_are_drawn(reference):
 def test_description_comes_before_training(reference, images):
     count = sum(p.numel() for p in probe.load_encoder(str(reference.out))[0].parameters())
     first = reference.printed.splitlines()[0]
-    for words in ("vit_nano", f"{count / 1e6:.1f} M", "81 images", images, "steps 0 to 30", "cpu"):
+    for words in (
+        "vit_nano",
+        f"{count / 1e6:.1f} M",
+        "81 images",
+        images,
+        "16 pixels",
+        "steps 0 to 30",
+    ):
         assert words in first
 
 
@@ -329,6 +336,18 @@ def test_resume_needs_only_the_folder(tmp_path, images, reference):
         assert_equal(ours[part], theirs[part], part)
     assert ours["config"]["bf16"] is False  # whatever device resumes
     assert log_of(tmp_path / "run") == [r for r in log_of(reference.out) if int(r["step"]) > 8]
+
+
+def test_resume_can_leave_out_what_changes_no_result(tmp_path, images):
+    saved = replace(
+        train.TrainConfig(data=str(images), out=str(tmp_path)), compile=True, wandb=True
+    )
+    model = IJEPA(MODELS["vit_nano"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    train.save(tmp_path / "last.pt", "I-JEPA", saved, 0, model, optimizer)
+    given = train.TrainConfig(out=str(tmp_path), resume=True, compile=False, accum_steps=2)
+    config, _ = train.resume(given, "I-JEPA")
+    assert (config.compile, config.wandb, config.accum_steps) == (False, True, 2)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
