@@ -350,7 +350,7 @@ def eval_batches(
     dataset: Dataset, indices, device="cpu", batch_size: int = 500, workers: int | None = 0
 ) -> Iterator[Tensor]:
     """The whole images of `indices` in order: (b, 3, S, S) float32, normalized."""
-    chunks = torch.as_tensor(indices).split(batch_size) if len(indices) else []
+    chunks = torch.as_tensor(indices).split(batch_size)
     batches = ([chunk, chunk] for chunk in chunks)  # nothing is random, so seeds are not used
     for (images,) in _BatchDataset(dataset).loaded(batches, device, workers):
         yield normalize(images)

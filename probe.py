@@ -131,34 +131,29 @@ def pixel_features(batches: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def nearest(train_features: Tensor, features: Tensor, k: int = K) -> tuple[Tensor, Tensor]:
-    """The k most similar training images by cosine: (n_train, F), (n, F) -> two times (n, k).
+def nearest(train_features: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The K most similar training images by cosine: (n_train, F), (n, F) -> two times (n, K).
 
     Returns similarities and indices of training images, most similar first.
     """
     train = F.normalize(train_features, dim=1)
     chunks = [
-        (F.normalize(chunk, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
+        (F.normalize(chunk, dim=1) @ train.T).topk(min(K, len(train)), dim=1)
         for chunk in features.split(512)  # 512 x n_train similarities in memory
     ]
     return torch.cat([c.values for c in chunks]), torch.cat([c.indices for c in chunks])
 
 
 def knn_classify(
-    train_features: Tensor,
-    train_labels: Tensor,
-    features: Tensor,
-    num_classes: int,
-    k: int = K,
-    temperature: float = TEMPERATURE,
+    train_features: Tensor, train_labels: Tensor, features: Tensor, num_classes: int
 ) -> Tensor:
-    """Classes (n,) by a weighted vote of the k nearest training images, as in DINO.
+    """Classes (n,) by a weighted vote of the K nearest training images, as in DINO.
 
-    A neighbor counts exp(similarity / temperature). Shapes: (n_train, F), (n_train,), (n, F).
+    A neighbor counts exp(similarity / TEMPERATURE). Shapes: (n_train, F), (n_train,), (n, F).
     """
-    similarity, neighbors = nearest(train_features, features, k)  # (n, k)
+    similarity, neighbors = nearest(train_features, features)  # (n, K)
     votes = similarity.new_zeros(len(features), num_classes)
-    votes.scatter_add_(1, train_labels[neighbors], (similarity / temperature).exp())
+    votes.scatter_add_(1, train_labels[neighbors], (similarity / TEMPERATURE).exp())
     return votes.argmax(1)
 
 

@@ -2,7 +2,6 @@
 
 python notebooks/build.py              all notebooks
 python notebooks/build.py 01_masks     some of them
-python notebooks/build.py --fast       execute with IJEPA_FAST=1 (as the tests do), write nothing
 """
 
 import argparse
@@ -19,7 +18,10 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.NotebookNode:
-    """Run all cells in a new kernel, in place; raises CellExecutionError at the first error."""
+    """Run all cells in a new kernel, in place; raises CellExecutionError at the first error.
+
+    `fast`: small versions of the cells, for the tests.
+    """
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02}"  # not random, so that a new build changes little
     env = os.environ | {"IJEPA_FAST": "1" if fast else "0"}
@@ -46,12 +48,10 @@ def execute(notebook: nbformat.NotebookNode, fast: bool = False) -> nbformat.Not
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="such as 01_masks; default: all")
-    parser.add_argument("--fast", action="store_true", help="small versions; nothing is written")
     args = parser.parse_args()
     for name in args.names or sorted(path.stem for path in HERE.glob("0*.py")):
         start = time.perf_counter()
-        notebook = execute(jupytext.read(HERE / f"{name}.py"), args.fast)
+        notebook = execute(jupytext.read(HERE / f"{name}.py"))
         text = nbformat.writes(notebook)
-        if not args.fast:
-            (HERE / f"{name}.ipynb").write_text(text + "\n")
+        (HERE / f"{name}.ipynb").write_text(text + "\n")
         print(f"{name}: {time.perf_counter() - start:.0f} s, {len(text) / 1e3:.0f} kB")

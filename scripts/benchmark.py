@@ -2,7 +2,6 @@
 
     python scripts/benchmark.py --model vit_nano
     python scripts/benchmark.py --model vit_huge --batch-size 64 --compile
-    python scripts/benchmark.py --model vit_tiny --load runs/vit_tiny_cifar10
 
 One process runs whole training steps (masks, forward, backward, AdamW, EMA) on random images. Data
 loading is left out. One line is printed: images per second by the median step, its time, the
@@ -21,7 +20,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import UserError, distributed, option, parse_args, run_main
 from ijepa import IJEPA, MODELS, parameter_groups, to_pair
-from probe import load_encoder
 from train import TrainConfig, compile_layers, make_masks, resolve
 
 
@@ -32,7 +30,6 @@ class BenchmarkConfig:
     model: str = option("vit_nano", "architecture and recipe", choices=[*MODELS])
     batch_size: int = option(64, "images per step")
     steps: int = option(20, "timed steps, after a quarter as many to warm up")
-    load: str | None = option(None, "also time loading this encoder, named as for probe.py")
     device: str | None = option(None, "cpu, cuda or cuda:1; default: a GPU if there is one")
     bf16: bool | None = option(None, "bfloat16 autocast; default: on a GPU that has it")
     compile: bool = option(False, "torch.compile every transformer layer, as train.py does")
@@ -82,11 +79,6 @@ def main() -> None:
     config = parse_args(BenchmarkConfig, __doc__)
     if min(config.steps, config.batch_size) < 1:
         raise UserError("--steps and --batch-size must be at least 1")
-    loading = ""
-    if config.load:
-        start = time.perf_counter()
-        load_encoder(config.load)
-        loading = f", {config.load} loaded in {time.perf_counter() - start:.2f} s"
     with distributed(config.device) as process:
         device = process.device
         bf16 = process.bf16 if config.bf16 is None else config.bf16
@@ -99,7 +91,7 @@ def main() -> None:
     print(
         f"{config.model} on {name}, {mode}, batch {config.batch_size}: "
         f"{1000 * config.batch_size / middle:.1f} images/s, {middle:.1f} ms/step "
-        f"({low:.1f} to {high:.1f}, {config.steps} steps), peak memory {memory:.2f} GB{loading}"
+        f"({low:.1f} to {high:.1f}, {config.steps} steps), peak memory {memory:.2f} GB"
     )
 
 

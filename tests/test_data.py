@@ -173,7 +173,6 @@ def test_evaluation_sees_whole_images_in_order(dataset, workers):
     batches = list(data.eval_batches(dataset, indices, batch_size=2, workers=workers))
     assert [len(images) for images in batches] == [2, 2, 1]
     assert torch.equal(torch.cat(batches), data.normalize(dataset.load(indices)))
-    assert list(data.eval_batches(dataset, [])) == []
 
 
 # ------------------------------------------------------------------------------------- crops
@@ -399,18 +398,6 @@ def test_options_are_parsed(argv, changes):
     assert data.parse_args(Config, "test", argv) == dataclasses.replace(Config(), **changes)
 
 
-@pytest.mark.parametrize(
-    "argv", [["--batch", "8"], ["--batch-size", "many"], ["--model", "huge"], ["--crop-scale", "1"]]
-)
-def test_wrong_option_is_one_line_and_code_2(argv, capsys):
-    with pytest.raises(SystemExit) as error:
-        data.parse_args(Config, "test", argv)
-    assert error.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "--help" in message
-
-
 def test_help_shows_groups_and_defaults(capsys):
     with pytest.raises(SystemExit) as error:
         data.parse_args(Config, "What it does.", ["--help"])
@@ -418,16 +405,6 @@ def test_help_shows_groups_and_defaults(capsys):
     text = capsys.readouterr().out
     for part in ("What it does.", "optimization:", "50% of it", "--no-flip", "(default: 64)"):
         assert part in text
-
-
-def test_user_error_is_one_line_and_code_2(capsys):
-    def main():
-        raise data.UserError("do this")
-
-    with pytest.raises(SystemExit) as error:
-        data.run_main(main)
-    assert error.value.code == 2
-    assert capsys.readouterr().err.endswith("error: do this\n")
 
 
 def test_ctrl_c_is_code_130_and_bugs_are_shown():
@@ -447,35 +424,15 @@ def test_generators_depend_on_the_whole_key():
     assert len(first) == len(keys)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError, ValueError])
 def test_failed_write_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "last.pt"
     path.write_text("old")
-    with pytest.raises(data.UserError if error is OSError else error), data.atomic_write(path) as p:
+    shown = data.UserError if error in (OSError, RuntimeError) else error  # torch.save raises both
+    with pytest.raises(shown), data.atomic_write(path) as p:
         p.write_text("ne")
         raise error
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("last.pt", "old")]
-
-
-def test_atomic_write_replaces_the_old_file(tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_text("old")
-    with data.atomic_write(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("last.pt", "new")]
-
-
-def test_file_that_cannot_be_written_is_a_user_error(tmp_path):
-    path = tmp_path / "nowhere" / "last.pt"
-    with pytest.raises(data.UserError, match="could not be written"), data.atomic_write(path) as p:
-        torch.save({}, p)
-
-
-@pytest.mark.parametrize("device", ["tpu", "gpu:0"])
-def test_unknown_device_is_a_user_error(device):
-    with pytest.raises(data.UserError, match="choose cpu, or cuda"), data.distributed(device):
-        pass
 
 
 def test_missing_gpu_is_a_user_error(monkeypatch):

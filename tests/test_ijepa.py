@@ -162,12 +162,6 @@ def timm_vit(c: IJEPAConfig) -> torch.nn.Module:
     )  # fmt: skip
 
 
-def test_vit_matches_timm(batch):
-    vit, theirs = with_random_weights(ViT(CONFIG)), timm_vit(CONFIG).eval()
-    theirs.load_state_dict(vit.state_dict() | {"pos_embed": vit.pos_embed[None]})
-    torch.testing.assert_close(vit(batch[0]), theirs(batch[0]), atol=1e-4, rtol=1e-4)
-
-
 def test_vit_keep_ignores_hidden_patches(batch):
     images, keep, _ = batch
     vit = with_random_weights(ViT(CONFIG))
@@ -176,13 +170,6 @@ def test_vit_keep_ignores_hidden_patches(batch):
     hidden = torch.stack([torch.tensor(sorted({*range(16)} - {*row.tolist()})) for row in keep])
     assert torch.equal(vit(paint(images, hidden), keep), output)
     assert not torch.allclose(vit(paint(images, keep[:, :1]), keep)[:, -1], output[:, -1])
-
-
-def test_vit_keep_all_is_the_whole_image(batch):
-    images, vit = batch[0], with_random_weights(ViT(CONFIG))
-    order = torch.rand(3, 16).argsort(1)
-    expected = ijepa.gather_tokens(vit(images), order)
-    torch.testing.assert_close(vit(images, order), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_intermediate_layers_are_truncated_encoders(batch):

@@ -56,16 +56,6 @@ def tiny_features(n_layers=2, **sizes):
 # ------------------------------------------------------------------------------------------ k-NN
 
 
-def dino_knn(train_x, train_y, x, classes, k, temperature):
-    """DINO's eval_knn.py: top k, one-hot, weights exp(similarity / T), sum, sort."""
-    similarity, indices = torch.mm(x, train_x.t()).topk(k, largest=True, sorted=True)
-    neighbors = torch.gather(train_y.view(1, -1).expand(len(x), -1), 1, indices)
-    one_hot = torch.zeros(len(x) * k, classes).scatter_(1, neighbors.view(-1, 1), 1)
-    weights = similarity.clone().div_(temperature).exp_()
-    votes = torch.mul(one_hot.view(len(x), -1, classes), weights.view(len(x), -1, 1)).sum(1)
-    return votes.sort(1, True)[1][:, 0]
-
-
 def test_knn_equals_numpy():
     (x, y), (queries, _) = gaussian_classes(700, 12, 5), gaussian_classes(600, 12, 5, seed=1)
     a = x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True)
@@ -81,31 +71,9 @@ def test_knn_equals_numpy():
     assert (predicted.numpy() == expected).mean() > 0.995  # ties within float32 may differ
 
 
-def test_knn_equals_dino():
-    (x, y), (queries, _) = gaussian_classes(400, 12, 5), gaussian_classes(300, 12, 5, seed=1)
-    for k, temperature in ((20, 0.07), (5, 1.0), (200, 0.01)):
-        expected = dino_knn(F.normalize(x), y, F.normalize(queries), 5, k, temperature)
-        predicted = probe.knn_classify(x, y, queries, 5, k, temperature)
-        assert torch.equal(predicted, expected)
-
-
-def test_knn_weights_near_images_more():
-    near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
-    x, y = torch.cat([near, far, far]), torch.tensor([1, 0, 0])
-    assert probe.knn_classify(x, y, near, 2, k=3, temperature=0.07).item() == 1
-    assert probe.knn_classify(x, y, near, 2, k=3, temperature=100.0).item() == 0
-
-
-def test_knn_ignores_feature_length():
-    (x, y), (queries, _) = gaussian_classes(200, 8, 3), gaussian_classes(100, 8, 3, seed=1)
-    scaled = queries * torch.rand(100, 1).add(0.1)
-    expected = probe.knn_classify(x, y, queries, 3)
-    assert torch.equal(probe.knn_classify(x, y, scaled, 3), expected)
-
-
-def test_knn_with_fewer_images_than_k():
-    x = torch.eye(3)
-    assert probe.knn_classify(x, torch.tensor([2, 0, 1]), x, 3).tolist() == [2, 0, 1]
+def test_knn_of_fewer_images_than_20():
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
+    assert probe.knn_classify(x, torch.tensor([1, 0, 0]), x, 2).tolist() == [1, 0, 0]
 
 
 # ---------------------------------------------------------------------------------- linear probe
@@ -179,15 +147,6 @@ def test_constant_feature_is_harmless():
 
 
 # --------------------------------------------------------------------------- collapse indicators
-
-
-def test_rankme_closed_forms():
-    orthogonal = torch.linalg.qr(torch.randn(50, 8)).Q
-    assert probe.rankme(orthogonal) == pytest.approx(8, rel=1e-4)
-    assert probe.rankme(torch.ones(50, 8)) == pytest.approx(1, rel=1e-4)
-    two = orthogonal[:, :2] * torch.tensor([3.0, 1.0])  # p = 3/4, 1/4
-    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert probe.rankme(two) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(100, 20), (20, 100)])
@@ -264,19 +223,6 @@ def test_unlabeled_images_are_not_used():
         assert (data.labels[indices] >= 0).all()
 
 
-def test_evaluation_is_the_same_with_test():
-    train, test = colored_dataset(120), colored_dataset(30, seed=1)
-    encoder = ViT(TINY)
-    in_training = probe.evaluate(
-        probe.extract_splits(probe.make_splits(train, train_images=80), encoder), 3
-    )
-    row = probe.evaluate(
-        probe.extract_splits(probe.make_splits(train, test, train_images=80), encoder), 3
-    )
-    assert in_training == {key: v for key, v in row.items() if not key.startswith("test_")}
-    assert {"test_knn", "test_linear", "test_linear_4"} < row.keys()
-
-
 def test_test_images_choose_nothing():
     features = tiny_features()
     row = probe.evaluate(features, 3)
@@ -343,12 +289,6 @@ def test_table():
     assert lines[2].split() == ["few", "50.0±1.2", "-", "-", "12.3", "0.1"]
 
 
-def test_monitor_is_part_of_evaluation():
-    features = tiny_features()
-    row, short = probe.evaluate(features, 3), probe.monitor(features, 3)
-    assert short.items() < row.items() and {"knn", "rankme", "feature_std"} < short.keys()
-
-
 def test_curves_from_numbers_and_csv(tmp_path):
     rows = [
         {"step": "10", "loss": "0.5", "val_loss": "", "knn": ""},  # as csv.DictReader gives it
@@ -399,16 +339,8 @@ def test_safetensors_round_trip(tmp_path, half):
 
 
 def test_figures_show_eight_images_of_different_classes_first():
-    assert probe._one_per_class(torch.tensor([3, 3, 1, 3, 1, 1, 1, 1, 1])) == [
-        2,
-        0,
-        1,
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]
+    labels = torch.tensor([3, 3, 1, 3, 1, 1, 1, 1, 1])
+    assert probe._one_per_class(labels) == [2, 0, *(1, 3, 4, 5, 6, 7)]
     assert probe._one_per_class(torch.arange(20)) == list(range(8))
     assert probe._one_per_class(torch.zeros(3)) == [0, 1, 2]
 

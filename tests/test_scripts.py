@@ -281,10 +281,10 @@ def test_lars_step_is_a_fraction_of_the_norm():
     assert moved == pytest.approx(0.001 * 0.2 * before.norm().item(), rel=1e-2)
 
 
-def test_benchmark_prints_one_line(run, monkeypatch, capsys):
-    call(monkeypatch, benchmark, "--batch-size 4 --steps 2 --bf16 --load", run)
+def test_benchmark_prints_one_line(monkeypatch, capsys):
+    call(monkeypatch, benchmark, "--batch-size 4 --steps 2 --bf16")
     (line,) = capsys.readouterr().out.splitlines()
-    assert "vit_nano on cpu" in line and "images/s" in line and "loaded in" in line
+    assert "vit_nano on cpu" in line and "images/s" in line
 
 
 def test_script_errors_are_one_line(dataset, monkeypatch, capsys):

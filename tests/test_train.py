@@ -241,7 +241,8 @@ def test_final_table_equals_the_probe(reference, images):
     assert result["train_images"] == 81
     assert result["rows"] == rows
     assert probe.format_table(rows) in reference.printed
-    assert "learn from 81 training images" in reference.printed
+    for words in ("on 81 images", "16 pixels in patches of 4", "learn from 81 training images"):
+        assert words in reference.printed
     assert rows[2]["knn"] == float(reference.rows[-1]["knn"])
 
 
@@ -254,20 +255,6 @@ def test_untrained_encoder_is_where_training_starts():
 def test_figures_are_drawn(reference):
     for name in ("curves.png", "overview.png"):
         assert np.array(Image.open(reference.out / name).convert("L")).std() > 5
-
-
-def test_description_comes_before_training(reference, images):
-    count = sum(p.numel() for p in probe.load_encoder(str(reference.out))[0].parameters())
-    first = reference.printed.splitlines()[0]
-    for words in (
-        "vit_nano",
-        f"{count / 1e6:.1f} M",
-        "81 images",
-        images,
-        "16 pixels",
-        "steps 0 to 30",
-    ):
-        assert words in first
 
 
 def test_loss_falls_on_textures(tmp_path, monkeypatch):
@@ -317,25 +304,13 @@ def test_options_replace_the_recipe(images):
 
 
 def test_resumed_run_is_bitwise_the_same(tmp_path, images, reference):
-    options = ["--data", images, *SMALL, "--out", tmp_path / "run"]
-    with pytest.raises(Killed):
-        run(*options, at=(29, kill))
-    assert load(tmp_path / "run")["step"] == 24
-    torch.manual_seed(99)
-    run(*options, "--resume")
-    assert_same_run(tmp_path / "run", reference.out)
-
-
-def test_resume_needs_only_the_folder(tmp_path, images, reference):
     with pytest.raises(Killed):
         run("--data", images, *SMALL, "--out", tmp_path / "run", at=(12, kill))
-    (tmp_path / "run" / "log.csv").unlink()
-    run("--out", tmp_path / "run", "--resume", "--workers", 1, "--save-every", 1)
-    ours, theirs = load(tmp_path / "run"), load(reference.out)
-    for part in ("step", "model", "optimizer", "architecture"):
-        assert_equal(ours[part], theirs[part], part)
-    assert ours["config"]["bf16"] is False  # whatever device resumes
-    assert log_of(tmp_path / "run") == [r for r in log_of(reference.out) if int(r["step"]) > 8]
+    assert load(tmp_path / "run")["step"] == 8  # but log.csv has a row of step 10
+    torch.manual_seed(99)
+    run("--out", tmp_path / "run", "--resume", "--workers", 1)
+    assert_same_run(tmp_path / "run", reference.out)
+    assert load(tmp_path / "run")["config"]["bf16"] is False  # whatever device resumes
 
 
 def test_resume_can_leave_out_what_changes_no_result(tmp_path, images):
@@ -424,15 +399,9 @@ def test_terminated_and_killed_processes_resume(tmp_path, images, reference):
 # ---------------------------------------------------------- a function of seed and batch size only
 
 
-@pytest.mark.parametrize("target_norm", ["whiten", "layer"])
-def test_accumulation_equals_a_large_batch(tmp_path, images, target_norm, reference):
-    options = ["--data", images, *SMALL, "--target-norm", target_norm, "--out"]
-    if target_norm == "layer":
-        run(*options, expected := tmp_path / "expected")
-    else:
-        expected = reference.out
-    run(*options, tmp_path / "run", "--accum-steps", 4)
-    assert_close_run(tmp_path / "run", expected)
+def test_accumulation_equals_a_large_batch(tmp_path, images, reference):
+    run("--data", images, *SMALL, "--out", tmp_path / "run", "--accum-steps", 4)
+    assert_close_run(tmp_path / "run", reference.out)
 
 
 def test_two_processes_equal_one(tmp_path, images, reference):
@@ -509,7 +478,7 @@ def refused(capsys, *options) -> str:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
+        ("--epoch 1", "unrecognized arguments: --epoch.*--help"),
         ("--model vit_enormous", "'vit_nano', 'vit_mini'"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--img-size 18", "18x18 pixels do not divide into patches of 4"),
@@ -525,7 +494,7 @@ def refused(capsys, *options) -> str:
         ("--momentum 2 2", "--momentum is within 0 to 1"),
         ("--eval-every 0", "--eval-every is above 0"),
         ("--workers -1", "--workers starts at 0"),
-        ("--device tpu", "--device tpu"),
+        ("--device gpu:0", "choose cpu, or cuda"),
         ("--data nowhere", "there is no folder nowhere"),
     ],
 )
@@ -533,11 +502,6 @@ def test_mistakes_are_one_line(tmp_path, images, capsys, options, message):
     given = ["--data", images, *SMALL, *options.split(), "--out", tmp_path / "run"]
     assert re.search(message, refused(capsys, *given))
     assert not (tmp_path / "run").exists()
-
-
-def test_folder_without_classes(tmp_path, capsys):
-    message = refused(capsys, "--data", tmp_path, *SMALL, "--out", tmp_path / "run")
-    assert "<class>/<image>.jpg" in message
 
 
 @pytest.mark.parametrize(
@@ -555,13 +519,6 @@ def test_existing_run_stays_as_it_is(tmp_path, reference, images, capsys, option
     assert message in refused(capsys, *given, *options.split(), "--out", out)
     before, after = ({p.name: p.read_bytes() for p in d.iterdir()} for d in (reference.out, out))
     assert before == after
-
-
-def test_damaged_checkpoint_is_refused(tmp_path, reference, capsys):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "last.pt").write_bytes((reference.out / "last.pt").read_bytes()[:5000])
-    assert "last.pt" in refused(capsys, "--resume", "--out", out)
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path, reference, capsys):
