@@ -561,28 +561,33 @@ def draw_confusion(path: Path, labels: Tensor, predicted: Tensor, classes: Seque
 
 
 @torch.no_grad()
-def draw_patch_pca(path: Path, encoders: dict[str, ViT], dataset, indices: Tensor) -> None:
+def draw_patch_pca(
+    path: Path, encoders: dict[str, ViT], dataset, shown: Tensor, others: Tensor, device="cpu"
+) -> None:
     """Patch features as colors: their first three principal components as red, green, blue.
 
-    The components are the same for all images of an encoder, so colors can be compared.
+    Each encoder has two rows: features less their mean, and less their mean at each position,
+    because position can hide the content. Means and components are those of all images, `shown`
+    and `others`, so that colors can be compared.
     """
-    images = next(iter(eval_batches(dataset, indices, "cpu")))
-    rows = {"image": dataset.load(indices)}
+    rows = {"image": dataset.load(shown)}
     for name, encoder in encoders.items():
-        tokens = encoder.cpu()(images)  # (B, N, D)
-        flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)  # (B N, D)
-        axes, _ = principal_axes(flat)
-        components = flat @ axes[:, :3]  # (B N, 3)
-        low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
+        batches = eval_batches(dataset, torch.cat([shown, others]), device, batch_size=50)
+        tokens = torch.cat([encoder(images).cpu() for images in batches])  # (B, N, D)
         side = round(tokens.shape[1] ** 0.5)
-        colors = ((components - low) / (high - low)).clamp(0, 1)
-        rows[name] = colors.view(len(images), side, side, 3).permute(0, 3, 1, 2)
-    figure, axes = _subplots(len(rows), len(images), 1.1 * len(images) + 0.4, 1.1 * len(rows) + 0.4)
-    for line, (name, shown) in zip(axes, rows.items(), strict=True):
+        means = {name: tokens.mean((0, 1)), f"{name},\nno position": tokens.mean(0)}
+        for label, mean in means.items():
+            axes, _ = principal_axes((tokens - mean).flatten(0, 1))
+            components = (tokens - mean) @ axes[:, :3]  # (B, N, 3)
+            low, high = (components.flatten(0, 1).quantile(q, dim=0) for q in (0.02, 0.98))
+            colors = ((components[: len(shown)] - low) / (high - low)).clamp(0, 1)
+            rows[label] = colors.view(len(shown), side, side, 3).permute(0, 3, 1, 2)
+    figure, axes = _subplots(len(rows), len(shown), 1.1 * len(shown) + 0.4, 1.1 * len(rows) + 0.4)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name, fontsize=9)
-        for axis, image in zip(line, shown, strict=True):
+        for axis, image in zip(line, images, strict=True):
             _show(axis, image)
-    figure.suptitle("Patch features as colors\n(3 principal components)", fontsize=10)
+    figure.suptitle("Patch features as colors (3 principal components)", fontsize=10)
     _save(figure, path)
 
 
@@ -697,7 +702,8 @@ def main() -> None:
     predicted = knn_classify(train_x, train_y.to(device), x, num_classes).cpu()
     draw_confusion(out / "confusion.png", y, predicted, dataset.classes)
     networks = {k: v for k, v in encoders.items() if v is not None}
-    draw_patch_pca(out / "patch_pca.png", networks, dataset, indices[_one_per_class(y)])
+    shown, others = indices[_one_per_class(y)], indices[:: len(indices) // 200 + 1]
+    draw_patch_pca(out / "patch_pca.png", networks, dataset, shown, others, device)
     print(f"\nWrote probe.json, neighbors.png, confusion.png and patch_pca.png to {out}")
 
 
