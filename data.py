@@ -174,7 +174,7 @@ def train_val_split(dataset: Dataset) -> tuple[Tensor, Tensor]:
     The split does not depend on the run's seed. Otherwise an encoder trained with one seed could be
     evaluated on its own training images with another.
     """
-    # With another key, the included weights would have seen their validation images.
+    # With another key, the included weights would have seen the validation images of their folder.
     order = torch.randperm(len(dataset), generator=seeded_generator("hold out"))
     labeled = dataset.labels[order] >= 0
     order = torch.cat([order[labeled], order[~labeled]])

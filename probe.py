@@ -289,7 +289,7 @@ def monitor(features: Features, num_classes: int, device="cpu") -> dict[str, flo
     """Figures that take seconds, for the log of a training run.
 
     Returns "knn", the accuracy in [0, 1] on the validation images, "rankme" and "feature_std" of
-    their last layer; "test_knn" if there is a test split. Raw pixels have accuracies only.
+    their last layer; "test_knn" if there is a test split.
     """
     last = {name: (x[:, -1].to(device), y.to(device)) for name, (x, y) in features.items()}
     train_x, train_y = last.pop("train")
@@ -297,10 +297,8 @@ def monitor(features: Features, num_classes: int, device="cpu") -> dict[str, flo
     for split, (x, y) in last.items():
         predicted = knn_classify(train_x, train_y, x, num_classes)
         row[_key(split, "knn")] = accuracy(predicted, y)
-    if features["val"][0].shape[1] > 1:
-        val_x = last["val"][0]
-        row |= {"rankme": rankme(val_x), "feature_std": feature_std(val_x)}
-    return row
+    val_x = last["val"][0]
+    return row | {"rankme": rankme(val_x), "feature_std": feature_std(val_x)}
 
 
 def evaluate(features: Features, num_classes: int, device="cpu") -> dict[str, float]:
@@ -308,7 +306,7 @@ def evaluate(features: Features, num_classes: int, device="cpu") -> dict[str, fl
 
     Returns also "linear" and "linear_4", the accuracies on the validation images, "linear_l2" and
     "linear_4_l2", their L2 strengths; "test_linear" and "test_linear_4" if there is a test split.
-    Raw pixels have no "linear_4".
+    Raw pixels, which are one layer, have no "linear_4".
     """
     row = monitor(features, num_classes, device)
     inputs = {"linear": lambda x: x[:, -1], "linear_4": lambda x: x.flatten(1)}

@@ -79,7 +79,7 @@ class TrainConfig:
 
     epochs: float | None = option(None, "passes over the training images", "optimization")
     batch_size: int | None = option(None, "images per step, over all processes", "optimization")
-    accum_steps: int = option(1, "micro-batches per step, to save memory", "optimization")
+    accum_steps: int | None = option(None, "micro-batches per step; default: 1", "optimization")
     lr: float | None = option(None, "peak learning rate", "optimization")
     warmup_epochs: float | None = option(
         None, "epochs of linear warm-up; by default at most a tenth of the run", "optimization"
@@ -127,6 +127,7 @@ class Recipe:
     flip: bool = False  # as released
     epochs: float = 600
     batch_size: int = 2048
+    accum_steps: int = 1
     lr: float = 1e-3
     warmup_epochs: float = 15  # (D9)
     weight_decay: Range = (0.04, 0.4)

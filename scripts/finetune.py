@@ -85,7 +85,7 @@ class FinetuneConfig:
     cutmix: float = option(0.0, "alpha of CutMix; 0: none", "regularization")
     drop_path: float = option(0.0, "of the last layer; less in those below", "regularization")
 
-    out: str | None = option(None, "folder of the results; default: runs/finetune_NAME", "output")
+    out: str | None = option(None, "folder of the results; default: runs/finetune_<run>", "output")
     device: str | None = option(None, "cpu, cuda or cuda:1; default: a GPU if any", "hardware")
     bf16: bool = option(False, "bfloat16 autocast", "hardware")
     workers: int | None = option(
@@ -238,6 +238,8 @@ def main() -> None:
         raise UserError(f"--batch-size {config.batch_size} exceeds {sizes['train']} labeled images")
     folder = Path(info["file"]).resolve().parent
     out = output_folder(config.out or f"runs/finetune_{folder.name}")
+    if (out / "classifier.pt").exists():
+        raise UserError(f"{out} already holds a classifier.pt: choose another --out")
     print(f"fine-tuning {info['file']} on {sizes['train']:,} labeled images")
 
     torch.manual_seed(config.seed)
@@ -253,7 +255,7 @@ def main() -> None:
     with atomic_write(out / "finetune.json") as temporary:
         temporary.write_text(json.dumps(result | {"val": val, "test": test}, indent=1) + "\n")
     state = {
-        "config": info["train_config"],  # from here on as in a checkpoint of train.py
+        "config": info["train_config"] | {"data": config.data or info["train_config"]["data"]},
         "architecture": asdict(architecture),
         "step": info["step"],
         "model": model.state_dict(),

@@ -248,7 +248,7 @@ def test_evaluation_figures():
 
 def test_one_layer_has_no_linear_4():
     row = probe.evaluate(tiny_features(n_layers=1), 3)
-    assert "linear_4" not in row and "rankme" not in row and 0 < row["linear"] <= 1
+    assert "linear_4" not in row and 0 < row["linear"] <= 1 <= row["rankme"]
 
 
 def test_low_shot_samples(monkeypatch):
@@ -343,6 +343,16 @@ def test_figures_show_eight_images_of_different_classes_first():
     assert probe._one_per_class(labels) == [2, 0, *(1, 3, 4, 5, 6, 7)]
     assert probe._one_per_class(torch.arange(20)) == list(range(8))
     assert probe._one_per_class(torch.zeros(3)) == [0, 1, 2]
+
+
+def test_position_is_removed_from_patch_colors(tmp_path, monkeypatch):
+    shown, data = [], colored_dataset(60)
+    monkeypatch.setattr(probe, "_show", lambda axis, image: shown.append(image))
+    encoders, indices = {"untrained": ViT(TINY)}, torch.arange(60)
+    probe.draw_patch_pca(tmp_path / "a.png", encoders, data, indices[:20], indices[20:])
+    means = [torch.stack(shown[i : i + 20]).mean(0).flatten(1) for i in (20, 40)]
+    with_position, without = (mean.std(1).mean() for mean in means)
+    assert without < 0.3 * with_position
 
 
 def test_included_weights_by_name(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -246,6 +247,8 @@ def test_finetune_is_reproducible(dataset, tmp_path, monkeypatch, capsys):
     options = "--epochs 2 --batch-size 8 --mixup 0.8 --cutmix 1 --drop-path 0.2"
     call(monkeypatch, finetune, *dataset, options, "--labels-fraction 0.5")
     first = capsys.readouterr().out
+    assert "another --out" in error_line(capsys, monkeypatch, finetune, *dataset, options)
+    shutil.rmtree("runs")
     call(monkeypatch, finetune, *dataset, options, "--labels-fraction 0.5")
     assert capsys.readouterr().out == first and "on 28 labeled images" in first
     assert (tmp_path / "runs" / f"finetune_{dataset[0].parent.name}" / "classifier.pt").exists()
