@@ -347,9 +347,12 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset, indices, device="cpu", batch_size: int = 500, workers: int | None = 0
+    dataset: Dataset, indices, device="cpu", batch_size: int = 100, workers: int | None = 0
 ) -> Iterator[Tensor]:
-    """The whole images of `indices` in order: (b, 3, S, S) float32, normalized."""
+    """The whole images of `indices` in order: (b, 3, S, S) float32, normalized.
+
+    Few at a time, because evaluations during training share its memory.
+    """
     chunks = torch.as_tensor(indices).split(batch_size)
     batches = ([chunk, chunk] for chunk in chunks)  # nothing is random, so seeds are not used
     for (images,) in _BatchDataset(dataset).loaded(batches, device, workers):

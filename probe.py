@@ -76,7 +76,7 @@ def extract_splits(
     encoder: ViT | None,
     device: torch.device | str = "cpu",
     bf16: bool = False,
-    batch_size: int = 500,
+    batch_size: int = 100,
     workers: int | None = 0,
 ) -> Features:
     """Features and labels of every split; raw pixels if `encoder` is None."""
@@ -485,11 +485,10 @@ def _show(axis, image: Tensor, color: str | None = None) -> None:
     axis.spines[:].set(visible=color is not None, color=color, linewidth=2.5)
 
 
-def _one_per_class(labels: Tensor, count: int = 8) -> list[int]:
-    """An image of each class; more images if there are fewer classes."""
-    first = [int((labels == c).nonzero()[0]) for c in labels.unique()[:count]]
-    others = [i for i in range(len(labels)) if i not in first]
-    return (first + others)[:count]
+def _examples(labels: Tensor) -> list[int]:
+    """Up to eight images, of different classes first."""
+    first = [int((labels == c).nonzero()[0]) for c in labels.unique()[:8]]
+    return (first + [i for i in range(len(labels)) if i not in first])[:8]
 
 
 def _only(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -509,7 +508,7 @@ def draw_neighbors(path: Path, splits: Splits, split: str, neighbors: Tensor, ma
     """
     (train_set, train_idx), (dataset, indices) = splits["train"], splits[split]
     labels, train_labels = dataset.labels[indices], train_set.labels[train_idx]
-    queries = _one_per_class(labels)
+    queries = _examples(labels)
     columns, shown = min(6, neighbors.shape[1]), 3 if masks else 1
     width = 1.05 * (columns + shown) + 0.6
     figure, axes = _subplots(len(queries), shown + columns, width, 1.1 * len(queries) + 0.3)
@@ -570,16 +569,17 @@ def draw_patch_pca(
     """
     rows = {"image": dataset.load(shown)}
     for name, encoder in encoders.items():
-        batches = eval_batches(dataset, torch.cat([shown, others]), device, batch_size=50)
+        batches = eval_batches(dataset, torch.cat([shown, others]), device)
         tokens = torch.cat([encoder(images).cpu() for images in batches])  # (B, N, D)
         side = round(tokens.shape[1] ** 0.5)
         means = {name: tokens.mean((0, 1)), f"{name},\nno position": tokens.mean(0)}
         for label, mean in means.items():
-            axes, _ = principal_axes((tokens - mean).flatten(0, 1))
-            components = (tokens - mean) @ axes[:, :3]  # (B, N, 3)
-            low, high = (components.flatten(0, 1).quantile(q, dim=0) for q in (0.02, 0.98))
-            colors = ((components[: len(shown)] - low) / (high - low)).clamp(0, 1)
-            rows[label] = colors.view(len(shown), side, side, 3).permute(0, 3, 1, 2)
+            centered = (tokens - mean).flatten(0, 1)  # (B N, D)
+            axes, _ = principal_axes(centered)
+            components = centered @ axes[:, :3]  # (B N, 3)
+            low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
+            colors = ((components - low) / (high - low)).clamp(0, 1)
+            rows[label] = colors.view(-1, side, side, 3).permute(0, 3, 1, 2)[: len(shown)]
     figure, axes = _subplots(len(rows), len(shown), 1.1 * len(shown) + 0.4, 1.1 * len(rows) + 0.4)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name, fontsize=9)
@@ -700,7 +700,7 @@ def main() -> None:
     predicted = knn_classify(train_x, train_y.to(device), x, num_classes).cpu()
     draw_confusion(out / "confusion.png", y, predicted, dataset.classes)
     networks = {k: v for k, v in encoders.items() if v is not None}
-    shown, others = indices[_one_per_class(y)], indices[:: len(indices) // 200 + 1]
+    shown, others = indices[_examples(y)], indices[:: len(indices) // 200 + 1]
     draw_patch_pca(out / "patch_pca.png", networks, dataset, shown, others, device)
     print(f"\nWrote probe.json, neighbors.png, confusion.png and patch_pca.png to {out}")
 

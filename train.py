@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import probe
 from data import (
+    NAMES,
     Distributed,
     UserError,
     atomic_write,
@@ -70,9 +71,7 @@ class TrainConfig:
     predictor_dim: int | None = option(None, "width of the predictor (Table 14)", "model")
     predictor_depth: int | None = option(None, "layers of the predictor (Table 12)", "model")
 
-    data: str | None = option(
-        None, "textures, cifar10, cifar100, stl10, imagenet or a folder", "data"
-    )
+    data: str | None = option(None, f"{', '.join(NAMES)} or a folder", "data")
     data_dir: str = option("data", "where named datasets are, or are downloaded to", "data")
     img_size: int | None = option(None, "side of the training images in pixels", "data")
     crop_scale: Range | None = option(None, "area of random crops, as a fraction", "data")
@@ -195,7 +194,6 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
 # ------------------------------------------------------------------------------------ training
 
 EVAL_IMAGES = 10_000  # training images that k-NN and linear probes learn from, at most
-EVAL_BATCH = 100  # small, because an evaluation shares the memory with the training
 LOG_STEPS = 10  # steps between rows of log.csv; a run saves and stops only here or at evaluations
 
 
@@ -416,7 +414,7 @@ class Validation:
         self.device, self.workers, self.bf16 = device, workers, bf16
 
     def features(self, encoder) -> probe.Features:
-        options = {"bf16": self.bf16, "batch_size": EVAL_BATCH, "workers": self.workers}
+        options = {"bf16": self.bf16, "workers": self.workers}
         return probe.extract_splits(self.splits, encoder, self.device, **options)
 
     def metrics(self, model: IJEPA, masks: MaskCollator) -> dict[str, float]:
@@ -430,7 +428,7 @@ class Validation:
         dataset, indices = self.splits["val"]
         total, generator = 0.0, seeded_generator("validation masks")
         model.eval()  # validation images must not enter the statistics of `Whitening`
-        for images in eval_batches(dataset, indices, self.device, EVAL_BATCH, self.workers):
+        for images in eval_batches(dataset, indices, self.device, workers=self.workers):
             masks_idx = (idx.to(self.device) for idx in masks.sample(len(images), generator))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 total += model(images, *masks_idx).item() * len(images)
