@@ -138,17 +138,14 @@ class Recipe:
 
 # Ours, for 32-pixel images. SMALL_RECIPE has not been trained to its end (results/README.md).
 SMALL_RECIPE = Recipe(
-    "cifar10", flip=True, epochs=100, batch_size=128, warmup_epochs=1, weight_decay=(0.04, 0.04),
-    final_lr=0.01, beta2=0.98,
-)  # fmt: skip
+    "cifar10", flip=True, epochs=100, batch_size=128, warmup_epochs=1, final_lr=0.01, beta2=0.98
+)
 NANO_RECIPE = replace(
     SMALL_RECIPE, epochs=15, batch_size=24, momentum=(0.998, 1.0), data="textures"
 )
 RECIPES = {
     "vit_nano": NANO_RECIPE,
-    "vit_mini": replace(
-        NANO_RECIPE, data="cifar10", epochs=32, batch_size=48, weight_decay=(0.04, 0.4)
-    ),
+    "vit_mini": replace(NANO_RECIPE, data="cifar10", epochs=32, batch_size=48),
     "vit_tiny": SMALL_RECIPE,
     "vit_small": SMALL_RECIPE,
     "vit_huge": Recipe(epochs=300),

@@ -184,7 +184,9 @@ def draws(found: dict[str, list[list[float]]], x, xlabel: str, ylabel: str) -> N
     axis = plt.figure(figsize=(12, 5)).add_subplot(xlabel=xlabel, ylabel=ylabel)
     for name, (color, style) in NETWORKS.items():
         y = torch.tensor(found[name])  # (points, draws)
-        mean, error = y.mean(1), torch.stack([y.mean(1) - y.amin(1), y.amax(1) - y.mean(1)])
+        mean = y.mean(1)
+        # Equal draws: their mean may differ from them by rounding, and matplotlib rejects it.
+        error = torch.stack([mean - y.amin(1), y.amax(1) - mean]).clamp(min=0)
         axis.errorbar(
             range(len(x)), mean, error, fmt=style, color=color, label=name, ms=9, capsize=6
         )
