@@ -124,8 +124,8 @@ drawing.curves(runs, TITLES)
 # images. It differs from our short run in more than its length. The targets are *whitened*:
 # decorrelated, so that all directions have about the same variance (exercise 3). AdamW averages
 # squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size and momentum
-# differ, too, and are printed below; the learning rate falls along a cosine. So we cannot say which
-# of them causes a difference to our curves.
+# differ, too, and are printed below; the learning rate falls along a cosine, and the weight decay
+# rises along one. So we cannot say which of them causes a difference to our curves.
 #
 # Here 20-NN uses 10,000 training images, and RankMe 5,000 validation images. So do not compare
 # these numbers with those above, only along the curve. The validation loss is the loss on
