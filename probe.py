@@ -602,7 +602,8 @@ def draw_curves(path: Path, rows: Sequence[dict]) -> None:
             axis.plot(steps, values, color=color, label=name, marker="." if len(shown) < 30 else "")
         if "loss" in names:  # the first steps would flatten the rest
             late = [float(r[n]) for r in rows[len(rows) // 20 :] for n in names if r.get(n)]
-            axis.set_ylim(0.98 * min(late), 1.02 * max(late))
+            if late:
+                axis.set_ylim(0.98 * min(late), 1.02 * max(late))
         axis.set(xlabel="step", title=title)
         if len(names) > 1:
             axis.legend()

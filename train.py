@@ -109,7 +109,9 @@ class TrainConfig:
     )
 
     out: str | None = option(None, "folder of the run; default: runs/<model>_<data>", "logging")
-    resume: bool = option(False, "continue the run in --out, with its options", "logging")
+    resume: bool = option(
+        False, "continue the run in --out, with its options but --device", "logging"
+    )
     eval_every: float = option(
         1.0, "epochs between evaluations, on up to 15,000 images each", "logging"
     )
@@ -172,8 +174,12 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
         (min(config.batch_size, config.accum_steps) < 1, "--batch-size, --accum-steps start at 1"),
         (not 0 < low <= high <= 1, "--crop-scale is within 0 to 1, the smaller number first"),
         (not all(0 <= m <= 1 for m in config.momentum), "--momentum is within 0 to 1"),
+        (
+            not all(0 <= n < math.inf for n in (config.epochs, config.warmup_epochs, config.lr)),
+            "--epochs, --warmup-epochs and --lr are numbers of 0 or more",
+        ),
         (config.warmup_epochs > config.epochs, "--warmup-epochs is longer than --epochs"),
-        (config.eval_every <= 0, "--eval-every is above 0 epochs"),
+        (not config.eval_every > 0, "--eval-every is above 0 epochs"),
         ((config.workers or 0) < 0, "--workers starts at 0"),
     ):
         if wrong:
@@ -217,7 +223,7 @@ def train(
     masks = make_masks(config, architecture, collator)
     epoch_steps = len(train_idx) / config.batch_size
     total_steps = round(config.epochs * epoch_steps)
-    eval_steps = max(1, round(config.eval_every * epoch_steps))
+    eval_steps = max(1, round(min(config.eval_every, config.epochs) * epoch_steps))
     start_step = checkpoint["step"] if checkpoint else 0
     if total_steps < 1:
         raise UserError(f"--epochs {config.epochs} is less than one batch of {config.batch_size}")
@@ -265,7 +271,11 @@ def train(
             losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_target(momentum)
+        try:
+            model.update_target(momentum)
+        except torch.linalg.LinAlgError as error:  # of `Whitening`; on some devices, from NaN
+            message = f"the targets are not finite at step {step + 1}"
+            raise UserError(f"{message}: start again with a lower --lr") from error
 
         done = step + 1
         evaluate = done % eval_steps == 0 or done == total_steps
@@ -288,7 +298,7 @@ def train(
                 save(out / "last.pt", name, config, done, model, optimizer)
                 saved = now
             logged = time.monotonic()
-        if stopping and done < total_steps:
+        if stopping:
             if world.is_main:
                 print(f"stopped at step {done} of {total_steps}: continue with --resume")
             return 128 + (stop.number or signal.SIGTERM)
@@ -337,7 +347,7 @@ def resume(config: TrainConfig, name: str) -> tuple[TrainConfig, dict]:
 
     Raises UserError if there is no readable checkpoint, or if an option contradicts it.
     """
-    out = resolve(config)[0].out
+    out = config.out or resolve(config)[0].out
     if not Path(out, "last.pt").exists():
         raise UserError(
             f"{out}/last.pt does not exist: leave out --resume, or name the run by --out"
@@ -446,19 +456,19 @@ class Log:
         if start_step and self.path.exists():  # steps after the checkpoint run again
             with self.path.open() as file:
                 self.rows = [r for r in csv.DictReader(file) if int(r["step"]) <= start_step]
-        self._write("w", self.rows)
-        self.wandb = start_wandb(config) if config.wandb else None
-
-    def _write(self, mode: str, rows: list[dict]) -> None:
-        with self.path.open(mode, newline="") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.wandb = start_wandb(config) if config.wandb else None
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        self._write("a", [row])
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.COLUMNS).writerow(row)
+        except OSError as error:
+            raise UserError(f"{self.path} could not be written: {error}") from error
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         if "knn" in row:

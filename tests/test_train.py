@@ -327,17 +327,26 @@ def test_resume_can_change_what_changes_no_result(tmp_path):
     given = train.TrainConfig(out=str(tmp_path), resume=True, compile=False, accum_steps=1)
     config, _ = train.resume(given, "I-JEPA")
     assert (config.compile, config.wandb, config.accum_steps) == (False, True, 1)
-    assert train.Log(tmp_path, 20, replace(config, wandb=False)).rows == []  # a log.csv may be lost
+    log = train.Log(tmp_path, 20, replace(config, wandb=False))
+    assert log.rows == []  # a log.csv may be lost
+    probe.draw_curves(tmp_path / "curves.png", log.rows)
+    log.path.unlink()
+    log.path.mkdir()
+    with pytest.raises(data.UserError, match="could not be written"):
+        log.add({"step": 21})
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_stop(tmp_path, images, number, code, capsys):
+@pytest.mark.parametrize(
+    "number, code, step, saved",
+    [(signal.SIGTERM, 143, 17, 20), (signal.SIGINT, 130, 17, 20), (signal.SIGTERM, 143, 28, 30)],
+)
+def test_signals_save_and_stop(tmp_path, images, number, code, step, saved, capsys):
     options = ["--data", images, *SMALL, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
-        run(*options, at=(17, lambda: os.kill(os.getpid(), number)))
+        run(*options, at=(step, lambda: os.kill(os.getpid(), number)))
     assert stopped.value.code == code
-    assert load(tmp_path / "run")["step"] == 20
-    assert "stopped at step 20 of 30: continue with --resume" in capsys.readouterr().out
+    assert load(tmp_path / "run")["step"] == saved
+    assert f"stopped at step {saved} of 30: continue with --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second Ctrl-C stops at once
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
@@ -428,8 +437,9 @@ def test_two_processes_equal_one(tmp_path, images, reference):
     assert (out / "result.json").exists()
 
 
-def test_evaluation_does_not_change_training(tmp_path, images, reference):
-    options = ["--eval-every", 0.3, "--save-every", 0, "--out", tmp_path / "run"]
+@pytest.mark.parametrize("eval_every", ["0.3", "inf"])
+def test_evaluation_does_not_change_training(tmp_path, images, reference, eval_every):
+    options = ["--eval-every", eval_every, "--save-every", 0, "--out", tmp_path / "run"]
     run("--data", images, *SMALL, *options)
     for part in ("model", "optimizer"):
         assert_equal(load(tmp_path / "run")[part], load(reference.out)[part], part)
@@ -505,6 +515,9 @@ def refused(capsys, *options) -> str:
         ("--resume", "last.pt does not exist: leave out --resume"),
         ("--momentum 2 2", "--momentum is within 0 to 1"),
         ("--eval-every 0", "--eval-every is above 0"),
+        ("--eval-every nan", "--eval-every is above 0"),
+        ("--epochs inf", "--epochs, --warmup-epochs and --lr are numbers of 0 or more"),
+        ("--lr -1", "--lr are numbers of 0 or more"),
         ("--workers -1", "--workers starts at 0"),
         ("--device gpu:0", "choose cpu, or cuda"),
         ("--data nowhere", "there is no folder nowhere"),
@@ -521,6 +534,7 @@ def test_mistakes_are_one_line(tmp_path, images, capsys, options, message):
     [
         ("", "already holds a run: add --resume"),
         ("--resume --lr 0.5", "was trained with lr 0.001, not 0.5"),
+        ("--resume --warmup-epochs 2.5", "was trained with warmup_epochs 1.0, not 2.5"),
         ("--resume --batch-size 16", "was trained with batch_size 8, not 16"),
         ("--resume --target-norm layer", "target_norm"),
     ],
@@ -543,7 +557,14 @@ def test_checkpoint_of_another_version_is_refused(tmp_path, reference, capsys):
         assert "another version of train.py" in message and "another --out" in message
 
 
-def test_diverged_run_stops_with_advice(tmp_path, images, capsys):
+def no_eigenvalues(matrix):
+    """As LAPACK and cuSOLVER may do with NaN; whether they do depends on the size."""
+    raise torch.linalg.LinAlgError("failed to converge")
+
+
+@pytest.mark.parametrize("eigh", [torch.linalg.eigh, no_eigenvalues])
+def test_diverged_run_stops_with_advice(tmp_path, images, capsys, monkeypatch, eigh):
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
     options = ["--lr", 1e20, "--out", tmp_path / "run"]
     message = refused(capsys, "--data", images, *SMALL, *options)
     assert "lower --lr" in message
