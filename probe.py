@@ -399,7 +399,7 @@ def load_encoder(name: str, online: bool = False) -> tuple[ViT, IJEPAConfig, dic
     `online`: the context encoder instead of its EMA, the target encoder.
 
     Returns the encoder, on the CPU and frozen (`encoder.requires_grad_(True)` to train it), its
-    config, and {"file", "network", "step", "train_config"}.
+    config, and {"file", "network", "step", "train_config"}, None where it is not known.
     Raises UserError if there is no such file, or if it is not an encoder.
     """
     path = _find_weights(name)
@@ -410,12 +410,13 @@ def load_encoder(name: str, online: bool = False) -> tuple[ViT, IJEPAConfig, dic
         config, model = checkpoint["architecture"], checkpoint["model"]
         info |= {"step": checkpoint["step"], "train_config": checkpoint["config"]}
     elif online:
-        raise UserError(f"{path} holds the target encoder only: leave out --online")
+        raise UserError(f"{path} holds one encoder only: leave out --online")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
             config, saved = json.loads(metadata["config"]), json.loads(metadata["info"])
+            info["network"] = None  # unknown, if a foreign file was converted
             info |= {k: saved[k] for k in ("network", "step", "train_config") if k in saved}
             model = {f"{network}.{k}": v.float() for k, v in load_file(path).items()}
         encoder = ViT(config := IJEPAConfig(**config))
@@ -648,8 +649,9 @@ def load_splits(config: ProbeConfig, architecture: IJEPAConfig, info: dict) -> S
     data = config.data or info["train_config"].get("data")
     if data is None:
         raise UserError(f"{info['file']} does not say what it was trained on: add --data")
-    size = config.img_size or architecture.img_size
-    if not isinstance(size, int) or size % architecture.patch_size:
+    size = info["train_config"].get("img_size") or architecture.img_size
+    size = size if config.img_size is None else config.img_size
+    if not isinstance(size, int) or size < 1 or size % architecture.patch_size:
         raise UserError(f"--img-size must be a multiple of {architecture.patch_size}, not {size}")
     train_set, test_set = (
         load_dataset(data, split, size, config.data_dir) for split in ("train", "test")
@@ -663,7 +665,7 @@ def main() -> None:
     splits = load_splits(config, architecture, info)
     num_classes = len(splits["train"][0].classes)
     sizes = {name: len(indices) for name, (_, indices) in splits.items()}
-    print(f"{info['file']}, {info['network']}, step {info['step']}")
+    print(f"{info['file']}, {info['network'] or 'encoder'}, step {info['step'] or 'unknown'}")
     print(f"{sizes['train']:,} labeled training images for k-NN and linear probes,")
     print(f"{sizes['val']:,} validation images to choose the L2 strength,", end=" ")
     print(f"{sizes['test']:,} test images.")

@@ -45,9 +45,10 @@ train_labels, val_labels = dataset.labels[train_idx], dataset.labels[val_idx]
 
 # %% [markdown]
 # No label was used in training. But we chose the recipe by accuracy on these validation images, so
-# the numbers are slightly too good. For a clean number, use the test images (`probe.py`). (The
-# outputs below are from a copy of CIFAR-10 that was compressed as JPEG, so your numbers will differ
-# a little.)
+# the numbers are slightly too good. For a clean number, use the test images (`probe.py`). The
+# outputs below are from a copy of CIFAR-10 that was compressed as JPEG, in another order. So your
+# numbers will differ a little, and the encoder has seen most of your validation images in training,
+# without labels.
 #
 # ## Load the encoder, and freeze it
 #

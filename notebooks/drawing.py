@@ -1,5 +1,6 @@
 """Drawing for the notebooks, and finding CIFAR-10. Nothing of the method is here."""
 
+import itertools
 import os
 
 import matplotlib.pyplot as plt
@@ -141,11 +142,11 @@ def gradients(norms: dict[str, float], patches) -> None:
 
 
 def curves(runs: dict[str, list[dict]], titles: dict[str, str], x: str = "step", zero=True) -> None:
-    """A panel for each column in `titles`, and in it a line for each run (its rows), at most 4."""
+    """A panel for each column in `titles`, and in it a line for each run (its rows)."""
     figure, axes = plt.subplots(1, len(titles), figsize=(14, 4.6))
-    styles = ("-o", "--s", ":^", "-.D")[: len(runs)]
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for (name, rows), style in zip(runs.items(), styles, strict=True):
+        styles = itertools.cycle(("-o", "--s", ":^", "-.D"))
+        for (name, rows), style in zip(runs.items(), styles, strict=False):
             shown = [row for row in rows if column in row]
             style = style if len(shown) < 50 else style[:-1]
             axis.plot([r[x] for r in shown], [r[column] for r in shown], style, label=name, ms=9)

@@ -20,6 +20,7 @@ timm took the context encoder from the released files.) Images are normalized as
 import json
 import math
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def read_encoder(source: str, online=False, num_heads: int | None = None):
             state = None if ours else load_file(path)
         elif path.is_file():
             # Memory-mapped: of a released file of 10 GB, only the encoder is read.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(path)  # older files cannot be
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             if "target_encoder" in checkpoint:  # released
                 info = {"network": "encoder" if online else "target_encoder"}
                 checkpoint = checkpoint[info["network"]]
@@ -211,7 +213,7 @@ def write_encoder(target: Path, to: str, encoder: ViT, half: bool, info: dict) -
         print(timm_call(target, config))
     else:
         fixed = sincos_positions(config.embed_dim, encoder.grid)
-        if (encoder.pos_embed - fixed).abs().max() > 1e-3:
+        if (encoder.pos_embed - fixed).abs().max() > 4e-3:  # the rounding of bfloat16
             raise UserError("its positions are trained: only --to hf and --to timm can store them")
         save_encoder(target, encoder, config, half, info)
 

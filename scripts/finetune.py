@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -139,10 +139,13 @@ class AugmentedImages(Dataset):
         if isinstance(self.dataset, FolderDataset):  # crop at full resolution
             seed = int(torch.randint(2**62, ()))
             image = self.dataset.load_crop(index, self.crop_scale, seed)
-            self.dataset.report(self.dataset.damaged)
         else:
             image = self.crop(self.dataset.load([index])[0])
         return self.augment(image), self.dataset.labels[index]
+
+    def collate(self, samples: list) -> tuple[list[Tensor], dict[str, str]]:
+        """A batch, and the damaged images that this process has met."""
+        return default_collate(samples), self.dataset.damaged
 
 
 def select_fraction(labels: Tensor, indices: Tensor, fraction: float, seed: int) -> Tensor:
@@ -172,7 +175,7 @@ def finetune(model: Classifier, splits: dict, config: FinetuneConfig, device) ->
     dataset, indices = splits["train"]
     images = AugmentedImages(dataset, indices, config.crop_scale, config.rand_augment)
     loader = DataLoader(
-        images, config.batch_size, shuffle=True, drop_last=True,
+        images, config.batch_size, shuffle=True, drop_last=True, collate_fn=images.collate,
         num_workers=loader_workers(config.workers, dataset, device),
         generator=torch.Generator().manual_seed(config.seed),
     )  # fmt: skip
@@ -190,7 +193,9 @@ def finetune(model: Classifier, splits: dict, config: FinetuneConfig, device) ->
     for epoch in range(1, config.epochs + 1):
         model.train()
         losses = []
-        for batch in tqdm(loader, f"epoch {epoch}", leave=False, mininterval=1):
+        for batch, damaged in tqdm(loader, f"epoch {epoch}", leave=False, mininterval=1):
+            if damaged:
+                dataset.report(damaged)
             lr = learning_rate(step, total_steps, warmup, 0.0, config.lr, 0.001 * config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -222,6 +227,11 @@ def main() -> None:
         raise UserError("this script needs timm: pip install -r scripts/requirements.txt")
     if min(config.epochs, config.accum_steps) < 1 or config.seed < 0:
         raise UserError("--epochs and --accum-steps start at 1, --seed at 0")
+    if min(config.lr, config.weight_decay, config.mixup, config.cutmix) < 0:
+        raise UserError("--lr, --weight-decay, --mixup and --cutmix start at 0")
+    names = ("labels_fraction", "layer_decay", "warmup", "label_smoothing", "drop_path")
+    if not all(0 <= getattr(config, name) <= 1 for name in names):
+        raise UserError(f"{', '.join(names)} are within 0 to 1")
     if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
         raise UserError("--crop-scale is within 0 to 1, the smaller number first")
     if config.batch_size % (2 * config.accum_steps):  # Mixup mixes pairs
@@ -255,7 +265,11 @@ def main() -> None:
     with atomic_write(out / "finetune.json") as temporary:
         temporary.write_text(json.dumps(result | {"val": val, "test": test}, indent=1) + "\n")
     state = {
-        "config": info["train_config"] | {"data": config.data or info["train_config"]["data"]},
+        "config": info["train_config"]
+        | {
+            "data": config.data or info["train_config"]["data"],
+            "img_size": dataset.img_size,
+        },
         "architecture": asdict(architecture),
         "step": info["step"],
         "model": model.state_dict(),

@@ -124,6 +124,8 @@ def main() -> None:
     encoder, architecture, info = load_encoder(config.encoder)
     if min(config.epochs, config.accum_steps) < 1:
         raise UserError("--epochs and --accum-steps start at 1")
+    if config.batch_size == 1:
+        raise UserError("--batch-size 1: batch norm needs two images")
     names = ("encoder", "data", "data_dir", "img_size", "train_images", "batch_size", "workers")
     probe_config = ProbeConfig(**{name: getattr(config, name) for name in names})
     splits = load_splits(probe_config, architecture, info)

@@ -484,6 +484,7 @@ def test_command_line_errors(run_folder, tmp_path, monkeypatch, capsys):
     for args, message in (
         (["nothing"], "no checkpoint in 'nothing'"),
         ([run_folder, "--img-size", 30], "multiple of 4"),
+        ([run_folder, "--img-size", 0], "multiple of 4"),
         ([run_folder, "--data", tmp_path / "none"], "none"),
     ):
         code, out, error = run_probe(monkeypatch, capsys, *args)

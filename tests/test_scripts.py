@@ -29,7 +29,7 @@ from test_ijepa import paint, with_random_weights
 import train
 from data import FolderDataset, run_main
 from ijepa import IJEPA, IJEPAConfig, MaskCollator, ViT
-from probe import load_encoder, save_encoder
+from probe import ProbeConfig, load_encoder, load_splits, save_encoder
 
 SPLITS = ("validation", "test")
 GOLDEN = Path(__file__).parent / "golden"
@@ -148,6 +148,16 @@ def test_timm_gives_our_output(change, tmp_path, monkeypatch, capsys):
     equal(again.state_dict(), encoder.state_dict())
 
 
+def test_half_precision_and_older_files_are_read(tmp_path, monkeypatch):
+    state = {k: x.bfloat16() for k, x in convert.timm_state(random_encoder(), False).items()}
+    source, target = tmp_path / "timm.pth", tmp_path / "ours.safetensors"
+    torch.save(state, source, _use_new_zipfile_serialization=False)
+    call(monkeypatch, convert, source, target, "--num-heads 2")
+    encoder, _, info = load_encoder(str(target))
+    equal(encoder.state_dict(), {k: x.float() for k, x in state.items() if k != "pos_embed"})
+    assert info["network"] is None  # of a timm file it is not known
+
+
 def test_run_keeps_its_step_and_config(run, tmp_path, monkeypatch):
     expected = load_encoder(str(run))[0].half().float()
     call(monkeypatch, convert, run, tmp_path / "new" / "model.safetensors --half")
@@ -242,6 +252,20 @@ def test_augmented_images_of_a_folder(dataset):
     assert (label, other) == (0, 1) and images.classes == ["bright", "dark"]
 
 
+def test_finetune_names_damaged_images_once(dataset, tmp_path, monkeypatch, capsys):
+    """Also those that other processes meet."""
+    for path in (dataset[2] / "train").glob("*/*.png"):
+        shutil.copy(path, path.with_name(f"copy_{path.name}"))
+    (dataset[2] / "train" / "dark" / "7.png").write_text("not an image")  # a training image
+    options = "--epochs 2 --batch-size 16 --img-size 8 --workers 2"
+    call(monkeypatch, finetune, *dataset, options, "--out", tmp_path / "out")
+    assert capsys.readouterr().err.count("skipped damaged image") == 1
+    # probe.py takes the size of the fine-tuning by default, not that of the encoder.
+    path = str(tmp_path / "out" / "classifier.pt")
+    splits = load_splits(ProbeConfig(path), *load_encoder(path, online=True)[1:])
+    assert splits["test"][0].img_size == 8
+
+
 def test_finetune_is_reproducible(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # for the default of --out
     options = "--epochs 2 --batch-size 8 --mixup 0.8 --cutmix 1 --drop-path 0.2"
@@ -299,6 +323,9 @@ def test_script_errors_are_one_line(dataset, monkeypatch, capsys):
         assert "--batch-size starts at 1" in error(module, *dataset, "--batch-size 0")
         assert "--workers at 0" in error(module, *dataset, "--batch-size 16 --workers -1")
     assert "--crop-scale" in error(finetune, *dataset, "--crop-scale 1 0.2")
+    assert "--lr" in error(finetune, *dataset, "--lr -1")
+    assert "drop_path" in error(finetune, *dataset, "--drop-path 2")
+    assert "batch norm" in error(lars_probe, *dataset, "--batch-size 1")
     (dataset[2] / "file").touch()
     options = "--batch-size 16 --out", dataset[2] / "file"
     assert "cannot be created" in error(finetune, *dataset, *options)
