@@ -599,5 +599,5 @@ class Whitening(nn.Module):
 #                Released: 40 from 2e-4.
 # D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, start with
 #                Xavier initialization and have predictors of about half their width (paper: 384).
-#                Their recipes (`train.py`) also differ: flips, warm-up, batch size, beta2, final
-#                learning rate, the EMA; the demo does not crop. Measured in `results/README.md`.
+#                Their recipes (`train.py`) also differ: flips, warm-up, batch size, beta2, learning
+#                rates, the EMA; the demo does not crop. Measured in `results/README.md`.
