@@ -7,8 +7,8 @@ from notebooks import drawing
 
 def test_curves_of_many_runs():
     runs = {str(i): [{"step": 0, "loss": 1.0}] for i in range(5)}
-    drawing.curves(runs, {"loss": "loss"})
-    assert [len(axis.lines) for axis in plt.gcf().axes] == [5]
+    drawing.curves(runs, {"loss": "loss", "step": "step"})
+    assert [len(axis.lines) for axis in plt.gcf().axes] == [5, 5]
     plt.close()
 
 
