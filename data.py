@@ -422,20 +422,22 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`. A UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call `main`. What a user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
-        main()
+        return main()
     except UserError as error:
         # One line, also of an error in a loader process, which comes with its traceback.
         message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
     except torch.OutOfMemoryError:
         advice = "lower --batch-size or --train-images, or raise --accum-steps"
-        print(f"{Path(sys.argv[0]).name}: error: GPU memory is full: {advice}", file=sys.stderr)
-        sys.exit(2)
+        message = f"GPU memory is full: {advice}"
+    except torch.linalg.LinAlgError as error:  # of `Whitening`; on some devices, from NaN
+        advice = "if the loss is not finite, start again with a lower --lr"
+        message = f"{str(error).splitlines()[0]}: {advice}"
     except KeyboardInterrupt:
         sys.exit(130)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def option(default, help: str, group: str | None = None, choices=None, positional: bool = False):

@@ -649,8 +649,9 @@ def load_splits(config: ProbeConfig, architecture: IJEPAConfig, info: dict) -> S
     data = config.data or info["train_config"].get("data")
     if data is None:
         raise UserError(f"{info['file']} does not say what it was trained on: add --data")
-    size = info["train_config"].get("img_size") or architecture.img_size
-    size = size if config.img_size is None else config.img_size
+    size = config.img_size
+    if size is None:
+        size = info["train_config"].get("img_size") or architecture.img_size
     if not isinstance(size, int) or size < 1 or size % architecture.patch_size:
         raise UserError(f"--img-size must be a multiple of {architecture.patch_size}, not {size}")
     train_set, test_set = (

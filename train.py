@@ -270,11 +270,7 @@ def train(
             losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        try:
-            model.update_target(momentum)
-        except torch.linalg.LinAlgError as error:  # of `Whitening`; on some devices, from NaN
-            message = f"the targets are not finite at step {step + 1}"
-            raise UserError(f"{message}: start again with a lower --lr") from error
+        model.update_target(momentum)
 
         done = step + 1
         evaluate = done % eval_steps == 0 or done == total_steps

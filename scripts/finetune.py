@@ -264,12 +264,9 @@ def main() -> None:
     result = {"options": asdict(config), "encoder": info, "images": sizes, "epochs": rows}
     with atomic_write(out / "finetune.json") as temporary:
         temporary.write_text(json.dumps(result | {"val": val, "test": test}, indent=1) + "\n")
+    data = config.data or info["train_config"]["data"]
     state = {
-        "config": info["train_config"]
-        | {
-            "data": config.data or info["train_config"]["data"],
-            "img_size": dataset.img_size,
-        },
+        "config": info["train_config"] | {"data": data, "img_size": dataset.img_size},
         "architecture": asdict(architecture),
         "step": info["step"],
         "model": model.state_dict(),
