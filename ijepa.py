@@ -521,13 +521,13 @@ def parameter_groups(model: IJEPA) -> list[dict]:
 
 
 class Whitening(nn.Module):
-    """Targets that hold only content: centered per position and decorrelated (D10).
+    """Targets that hold only content: centered per position and half whitened (D10).
 
-    x -> (x - mean[position]) (covariance + shrinkage * v * I)^(-1/2), v = trace(covariance) / D.
-    (ZCA: whitened, then rotated back to the original axes.) Mean and covariance are running
-    averages of the target encoder's output; the first step leaves x as it is. The mean of a
-    position is what the predictor can say without looking at the image. Whitening lets directions
-    of small variance count in the loss as well; `shrinkage` limits by how much.
+    x -> (x - mean[position]) (v * (covariance + shrinkage * v * I))^(-1/4), v = trace(covariance)/D.
+    Mean and covariance are running averages of the target encoder's output; the first step leaves
+    x as it is. The mean of a position is what the predictor can say without looking at the image.
+    The power -1/2 of the covariance would whiten: all directions would count alike in the loss.
+    The power -1/4 goes half the way. `shrinkage` limits the gain of the smallest directions.
     """
 
     def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
@@ -536,7 +536,7 @@ class Whitening(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_patches, dim))
         self.register_buffer("covariance", torch.eye(dim))
-        self.register_buffer("matrix", torch.eye(dim))  # the whitening matrix
+        self.register_buffer("matrix", torch.eye(dim))  # what x is multiplied by
         # Sums over the micro-batches of a step.
         self.register_buffer("sum_x", torch.zeros(num_patches, dim), persistent=False)
         self.register_buffer("sum_xx", torch.zeros(dim, dim), persistent=False)
@@ -570,8 +570,8 @@ class Whitening(nn.Module):
         self.covariance.lerp_(covariance, rate)
         if step <= 20 or step % 10 == 0:  # the inverse root is the expensive part
             values, vectors = torch.linalg.eigh(self.covariance)
-            values = values + self.shrinkage * values.mean()
-            self.matrix.copy_((vectors * values.rsqrt()) @ vectors.T)
+            values = values.mean() * (values + self.shrinkage * values.mean())
+            self.matrix.copy_((vectors * values**-0.25) @ vectors.T)
 
 
 # --------------------------------------------------------------------------------- differences

@@ -436,15 +436,16 @@ def centered(x: torch.Tensor) -> np.ndarray:
     return (x - x.mean(0)).reshape(-1, x.shape[-1])
 
 
-def test_whitened_targets_have_identity_covariance():
+def test_targets_are_half_whitened():
+    """The covariance becomes its square root, in units of the mean variance."""
     (x,) = target_batches(1)
     whitening = Whitening(6, 5, shrinkage=0.0)
     assert torch.equal(whitening(x), x)  # nothing is known before the first update
     whitening.update()
     y = whitening.eval()(x)
     assert y.mean(0).abs().max() < 1e-5
-    flat = centered(y)
-    np.testing.assert_allclose(flat.T @ flat / len(flat), np.eye(5), atol=1e-4)
+    before, after = (flat.T @ flat / len(flat) for flat in (centered(x), centered(y)))
+    np.testing.assert_allclose(after @ after, before / (np.trace(before) / 5), atol=1e-4)
 
 
 def test_whitening_statistics_match_numpy():
@@ -460,7 +461,7 @@ def test_whitening_statistics_match_numpy():
     np.testing.assert_allclose(whitening.mean, mean, atol=1e-5)
     np.testing.assert_allclose(whitening.covariance, covariance, rtol=1e-3, atol=1e-4)
     values, vectors = np.linalg.eigh(covariance)
-    expected = vectors / np.sqrt(values + 0.1 * values.mean()) @ vectors.T
+    expected = vectors / (values.mean() * (values + 0.1 * values.mean())) ** 0.25 @ vectors.T
     np.testing.assert_allclose(whitening.matrix, expected, rtol=1e-3, atol=1e-4)
 
 
