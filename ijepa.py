@@ -18,7 +18,7 @@ The algorithm: one training step (Section 3, Figure 3).
     6. one optimizer step on encoder and predictor
     7. target_encoder <- momentum * target_encoder + (1 - momentum) * encoder
 
-In step 2, small models whiten the targets instead (D10). After training, the average of
+In step 2, small models half whiten the targets instead (D10). After training, the average of
 `target_encoder(images)` over the patches represents the image.
 
 Notation, used in every shape comment:
@@ -523,7 +523,7 @@ def parameter_groups(model: IJEPA) -> list[dict]:
 class Whitening(nn.Module):
     """Targets that hold only content: centered per position and half whitened (D10).
 
-    x -> (x - mean[position]) (v * (covariance + shrinkage * v * I))^(-1/4), v = trace(covariance)/D.
+    x -> (x - mean[position]) (v (covariance + shrinkage v I))^(-1/4), v = trace(covariance) / D.
     Mean and covariance are running averages of the target encoder's output; the first step leaves
     x as it is. The mean of a position is what the predictor can say without looking at the image.
     The power -1/2 of the covariance would whiten: all directions would count alike in the loss.
@@ -597,7 +597,7 @@ class Whitening(nn.Module):
 #                not exist.
 # D9  (released) Warm-up of the paper's models: 15 epochs from 1e-4, as in the paper (`train.py`).
 #                Released: 40 from 2e-4.
-# D10 (both)     Small models on 32-pixel images (`SMALL`) predict whitened targets, start with
+# D10 (both)     Small models on 32-pixel images (`SMALL`) predict half-whitened targets, start with
 #                Xavier initialization and have predictors of about half their width (paper: 384).
 #                Their recipes (`train.py`) also differ: flips, warm-up, batch size, beta2, learning
 #                rates, the EMA; the demo does not crop. Measured in `results/README.md`.
