@@ -121,11 +121,11 @@ drawing.curves(runs, TITLES)
 # ## The long run
 #
 # The `vit_nano` encoder of this repository was trained by `train.py` for 15 epochs on all 45,000
-# images. It differs from our short run in more than its length. The targets are *whitened*:
-# decorrelated, so that all directions have about the same variance (exercise 3). AdamW averages
-# squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size and momentum
-# differ, too, and are printed below; the learning rate falls along a cosine, and the weight decay
-# rises along one. So we cannot say which of them causes a difference to our curves.
+# images. It differs from our short run in more than its length. The targets are *half whitened*:
+# directions of small variance are enlarged, so they count more in the loss (exercise 3). AdamW
+# averages squared gradients over fewer steps (its beta2 is 0.98 instead of 0.999). Batch size and
+# momentum differ, too, and are printed below; the learning rate falls along a cosine, and the
+# weight decay rises along one. So we cannot say which of them causes a difference to our curves.
 #
 # Here 20-NN uses 10,000 training images, and RankMe 5,000 validation images. So do not compare
 # these numbers with those above, only along the curve. The validation loss is the loss on
@@ -299,21 +299,21 @@ drawing.similarities(matrices, "cosine similarity")
 #
 # </details>
 #
-# **3. Does whitening prevent the collapse?** Set `target_norm="whiten"`, as in the long run, and
-# train without EMA again.
+# **3. Does half whitening prevent the collapse?** Set `target_norm="whiten"`, as in the long run,
+# and train without EMA again.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # torch.manual_seed(0)
-# whitened = IJEPA(replace(config, target_norm="whiten"))
-# runs["whitened, without EMA"] = train(whitened, momentum=0.0)
+# half_whitened = IJEPA(replace(config, target_norm="whiten"))
+# runs["half whitened, without EMA"] = train(half_whitened, momentum=0.0)
 # drawing.curves(runs, TITLES)
 # ```
 #
-# No. RankMe and feature std collapse as before. But now the loss tells: it rises to several times
-# its first value, and jumps. Whitening divides by the small differences that are left, so the
-# targets are noise that changes from step to step. (Without stop-gradient, the loss is small with
-# whitening, too.)
+# No. RankMe and feature std collapse, too. But now the loss tells: it jumps between a quarter of
+# its first value and twice that value. Half whitening enlarges the small differences that are left,
+# so the targets are noise that changes from step to step. (Without stop-gradient, the loss is small
+# with it, too.)
 #
 # </details>
