@@ -146,7 +146,7 @@ NANO_RECIPE = Recipe(
 TINY_RECIPE = replace(NANO_RECIPE, data="cifar10", epochs=20, batch_size=48, lr=5e-4)
 RECIPES = {
     "vit_nano": NANO_RECIPE,
-    "vit_mini": replace(NANO_RECIPE, data="cifar10", epochs=32, batch_size=48),
+    "vit_mini": replace(NANO_RECIPE, data="cifar10", epochs=24),
     "vit_tiny": TINY_RECIPE,
     "vit_small": TINY_RECIPE,  # not tried
     "vit_huge": Recipe(epochs=300),
