@@ -153,8 +153,8 @@ print(f"lr {most:.2g} to {last['lr']:.2g}, EMA {first['momentum']:.4g} to {last[
 
 # %% [markdown]
 # From epoch 3 to 9 both losses *rise*, and 20-NN accuracy and RankMe rise, too. In the last epochs
-# all four hardly change: the learning rate falls to a hundredth of its peak and the momentum
-# goes to 1, so both encoders almost stop. How can a network get better while its loss gets worse?
+# all four hardly change: the learning rate falls to a hundredth of its peak and the momentum goes
+# to 1, so both encoders almost stop. How can a network get better while its loss gets worse?
 #
 # Our explanation: the targets come from the network itself. If they hold more about the image, they
 # are harder to predict. **So the loss does not say how good the representation is**, and losses of
