@@ -76,7 +76,7 @@ class IJEPAConfig:
     in_chans: int = 3
     norm_eps: float = 1e-6
     init: str = "normal"  # or "xavier": for small models (D10)
-    target_norm: str = "layer"  # or "whiten": for small models (D10)
+    target_norm: str = "layer"  # or "whiten", half of it: for small models (D10)
 
     def __post_init__(self):
         patch_grid(self.img_size, self.patch_size)
@@ -526,8 +526,9 @@ class Whitening(nn.Module):
     x -> (x - mean[position]) (v (covariance + shrinkage v I))^(-1/4), v = trace(covariance) / D.
     Mean and covariance are running averages of the target encoder's output; the first step leaves
     x as it is. The mean of a position is what the predictor can say without looking at the image.
-    The power -1/2 of the covariance would whiten: all directions would count alike in the loss.
-    The power -1/4 goes half the way. `shrinkage` limits the gain of the smallest directions.
+    The power -1/2 of the covariance would whiten: equal variance in all directions. The power -1/4
+    goes half the way: without shrinkage the covariance becomes (covariance / v)^(1/2). `shrinkage`
+    limits how much the smallest directions are enlarged.
     """
 
     def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):

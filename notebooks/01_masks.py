@@ -157,9 +157,10 @@ print(*(f"{name}: {accuracy} %" for name, accuracy in paper.items()), sep="   ")
 # %% [markdown]
 # The numbers are the paper's: ImageNet accuracy of a linear classifier trained on 1 % of the
 # labels, after pretraining a ViT-B/16 (B is the size, 16 the patch size) for 300 epochs. Only the
-# masks differ. With our small model (`vit_nano`, 15 epochs of CIFAR-10, one seed) multiblock leads
-# by less: multiblock 41.0, rasterized 38.6, block 38.6, random 39.3 %. With 10,000 labels and the
-# features of four layers, block is even ahead: 59.3 %, multiblock 57.2 % (`results/README.md`).
+# masks differ. With our small model (`vit_nano`, an earlier recipe, 15 epochs of CIFAR-10, one
+# seed) multiblock leads by less: multiblock 41.0, rasterized 38.6, block 38.6, random 39.3 %. With
+# 10,000 labels and the features of four layers, block is even ahead: 59.3 %, multiblock 57.2 %
+# (`results/README.md`).
 #
 # The reasons are the paper's view and ours. Large targets hold parts of objects, not just colors
 # and edges. A context that is spread over the image says something about each of them.
