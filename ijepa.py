@@ -76,7 +76,7 @@ class IJEPAConfig:
     in_chans: int = 3
     norm_eps: float = 1e-6
     init: str = "normal"  # or "xavier": for small models (D10)
-    target_norm: str = "layer"  # or "whiten", half of it: for small models (D10)
+    target_norm: str = "layer"  # or "whiten": half whitened, for small models (D10)
 
     def __post_init__(self):
         patch_grid(self.img_size, self.patch_size)
@@ -527,8 +527,8 @@ class Whitening(nn.Module):
     Mean and covariance are running averages of the target encoder's output; the first step leaves
     x as it is. The mean of a position is what the predictor can say without looking at the image.
     The power -1/2 of the covariance would whiten: equal variance in all directions. The power -1/4
-    goes half the way: without shrinkage the covariance becomes (covariance / v)^(1/2). `shrinkage`
-    limits how much the smallest directions are enlarged.
+    goes half the way: without shrinkage the covariance becomes (covariance / v)^(1/2). v cancels
+    the scale of x; `shrinkage` limits how much the smallest directions are enlarged.
     """
 
     def __init__(self, num_patches: int, dim: int, rate: float = 0.01, shrinkage: float = 0.1):
@@ -571,8 +571,9 @@ class Whitening(nn.Module):
         self.covariance.lerp_(covariance, rate)
         if step <= 20 or step % 10 == 0:  # the inverse root is the expensive part
             values, vectors = torch.linalg.eigh(self.covariance)
-            values = values.mean() * (values + self.shrinkage * values.mean())
-            self.matrix.copy_((vectors * values**-0.25) @ vectors.T)
+            v = values.mean()
+            powers = (v * (values + self.shrinkage * v)) ** -0.25
+            self.matrix.copy_((vectors * powers) @ vectors.T)
 
 
 # --------------------------------------------------------------------------------- differences

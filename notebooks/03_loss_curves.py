@@ -311,9 +311,9 @@ drawing.similarities(matrices, "cosine similarity")
 # drawing.curves(runs, TITLES)
 # ```
 #
-# No. RankMe and feature std collapse, too. But now the loss tells: it jumps between a quarter of
-# its first value and twice that value. Half whitening enlarges the small differences that are left,
-# so the targets are noise that changes from step to step. (Without stop-gradient, the loss is small
-# with it, too.)
+# No. RankMe and feature std collapse, too. But now the loss tells: it jumps between about a
+# quarter of its first value and more than twice that value. Half whitening enlarges the small
+# differences that are left, so the targets are noise that changes from step to step. (Without
+# stop-gradient, the loss is small with half whitening, too.)
 #
 # </details>
