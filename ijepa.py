@@ -1,7 +1,7 @@
 """I-JEPA in one file: images in, representations out, without labels or hand-made augmentations.
 
 Paper: Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive
-Architecture", CVPR 2023. Sections, equations and tables named below are those of the paper.
+Architecture", CVPR 2023. Sections, figures and tables named below are those of the paper.
 
 The idea. Hide several blocks of an image and predict them from the rest: not their pixels, but
 their *representations*. The representations come from a second network, the target encoder, whose
@@ -121,7 +121,7 @@ def sincos_positions(dim: int, grid: Pair, train_grid: Pair | None = None) -> Te
 
     def encode(length: int, train_length: int) -> Tensor:
         centers = torch.arange(length, dtype=torch.float64) + 0.5
-        coordinates = centers * (train_length / length) - 0.5  # patch centers onto patch centers
+        coordinates = centers * (train_length / length) - 0.5  # in patches of `train_grid`
         angles = torch.outer(coordinates, frequencies)  # (length, dim/4)
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, dim/2)
 
@@ -137,6 +137,7 @@ def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- Vision Transformer (Section 3)
+# In the three layers below, N is any number of tokens: the context has K, the predictor K + T.
 
 
 class Attention(nn.Module):
@@ -504,7 +505,7 @@ def weight_decay(step: int, total: int, start: float, end: float) -> float:
 
 
 def target_momentum(step: int, total: int, start: float, end: float) -> float:
-    """Linear from `start` to one step short of `end`: as released, it counts from step 0, not 1."""
+    """Linear: `start` at step 0, and step `total` would reach `end`, as released."""
     return start + (end - start) * step / total
 
 
@@ -521,11 +522,12 @@ def parameter_groups(model: IJEPA) -> list[dict]:
 
 
 class Whitening(nn.Module):
-    """Targets that hold only content: centered per position and half whitened (D10).
+    """Targets without the mean of their position, half whitened (D10).
 
     x -> (x - mean[position]) (v (covariance + shrinkage v I))^(-1/4), v = trace(covariance) / D.
-    Mean and covariance are running averages of the target encoder's output; the first step leaves
-    x as it is. The mean of a position is what the predictor can say without looking at the image.
+    Of the target encoder's output, `mean` and `covariance` are running averages: of each position's
+    mean, and of the covariance within a batch about its positions' means. The first step leaves x
+    as it is. A position's mean is what a predictor could say without looking at the image.
     The power -1/2 of the covariance would whiten: equal variance in all directions. The power -1/4
     goes half the way: without shrinkage the covariance becomes (covariance / v)^(1/2). v cancels
     the scale of x; `shrinkage` limits how much the smallest directions are enlarged.
@@ -584,8 +586,9 @@ class Whitening(nn.Module):
 # D2  (paper)    Weight decay follows a cosine, as released; the paper says "linearly".
 # D3  (released) Blocks are placed uniformly over the whole grid. As released, the last row and
 #                column are never used, and the context block starts in the top left corner.
-# D4  (released) Scale and aspect ratio of a block are independent, and each image has its own
-#                context shape. As released, one number gives both, and a batch shares a shape.
+# D4  (released) Scale and aspect ratio of a block are independent; an aspect ratio is relative to
+#                the grid's. Targets share a shape in a batch, but each image has its own context
+#                shape. As released, one number gives both, and contexts share a shape, too.
 # D5  (both)     The context has K patches whatever the batch size; patches above K are dropped at
 #                random. Released: all masks of a batch are cut to the shortest and keep their
 #                first patches in raster order, so the context loses its lower part.
@@ -597,9 +600,11 @@ class Whitening(nn.Module):
 # D8  (released) The encoder computes positions for the grid at hand, so it takes other image sizes
 #                and non-square images. Released: interpolated, assuming a class token that does
 #                not exist.
-# D9  (released) Warm-up of the paper's models: 15 epochs from 1e-4, as in the paper (`train.py`).
-#                Released: 40 from 2e-4.
+# D9  (both)     Recipes (`train.py`): random crops of 30 to 100 % of the area, as released; the
+#                paper names none. Warm-up of 15 epochs from 1e-4, as in the paper; released: 40
+#                from 2e-4.
 # D10 (both)     Small models on 32-pixel images (`SMALL`) predict half-whitened targets, start with
-#                Xavier initialization and have predictors of about half their width (paper: 384).
+#                Xavier initialization and have predictors of about half their width and, but for
+#                `vit_small`, fewer layers (paper: 384 wide, at least 6 layers).
 #                Their recipes (`train.py`) also differ: flips, warm-up, batch size, beta2, learning
 #                rates, the EMA; the demo does not crop. Measured in `results/README.md`.
