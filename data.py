@@ -163,9 +163,17 @@ def _download(name: str, split: str, data_dir: str, img_size: int) -> MemoryData
     except (OSError, RuntimeError) as error:
         message = f"{name} is not in {data_dir} and could not be downloaded ({error})"
         raise UserError(f"{message}; --data textures needs no download") from error
-    if img_size != images.shape[-1]:
-        images = torch.cat([resize(chunk, [img_size, img_size]) for chunk in images.split(1000)])
-    return MemoryDataset(images.contiguous(), labels.long(), source.classes)
+    return MemoryDataset(_resize(images, img_size), labels.long(), source.classes)
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """(N, 3, S, S) uint8 to another side, in parts: all at once would take many gigabytes."""
+    if size == images.shape[-1]:
+        return images.contiguous()
+    resized = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for part, result in zip(images.split(1000), resized.split(1000), strict=True):
+        result.copy_(resize(part, [size, size]))
+    return resized
 
 
 def train_val_split(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -288,6 +296,8 @@ def _leave_signals(_: int) -> None:
     """Ctrl-C and torchrun signal a whole process group; only the main one is to stop."""
     if hasattr(os, "setsid"):
         os.setsid()
+        # Schedulers signal every process. Time for the main one to save; it ends this one, too.
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     else:  # Windows
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -373,16 +383,16 @@ TEXTURES = {  # of two tones, repeated every 8 pixels
 }
 
 
-def draw_textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+def draw_textures(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Discs with one of eight textures, in random colors, uneven light and noise.
 
     The texture is the class. Light, colors and noise change from image to image and hide it from a
     comparison of pixels.
 
     Returns:
-        Images (count, 3, size, size) uint8 and labels (count,) int64.
+        Images (count, 3, 32, 32) uint8 and labels (count,) int64.
     """
-    generator = seeded_generator(seed, "textures")
+    size, generator = 32, seeded_generator(seed, "textures")
 
     def uniform(*shape: int) -> Tensor:  # -1 to 1
         return 2 * torch.rand(count, *shape, generator=generator) - 1
@@ -411,7 +421,8 @@ def draw_textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor
 def textures_dataset(split: str, size: int) -> MemoryDataset:
     """25,000 images to train on, or 5,000 others to test on."""
     count, seed = (25_000, 0) if split == "train" else (5_000, 1)
-    return MemoryDataset(*draw_textures(count, seed, size), list(TEXTURES))
+    images, labels = draw_textures(count, seed)
+    return MemoryDataset(_resize(images, size), labels, list(TEXTURES))
 
 
 # ------------------------------------------------------------ command line, files, processes
@@ -539,15 +550,18 @@ class Distributed:
 
 
 @contextlib.contextmanager
-def distributed(device: str | None = None) -> Iterator[Distributed]:
+def distributed(device: str | None = None, alone: bool = False) -> Iterator[Distributed]:
     """Join the process group if torchrun started this process, and leave it at the end.
 
-    device: cpu, cuda or cuda:N; by default cuda if there is a GPU. Raises UserError otherwise.
+    device: cpu, cuda or cuda:N; by default cuda if there is a GPU. Raises UserError otherwise, and
+    if a script that works `alone` was started by torchrun.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(f"--device {device}: choose cpu, or cuda where PyTorch finds a GPU")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if alone and world_size > 1:
+        raise UserError("this script runs in one process: start it with python, not with torchrun")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device != "cpu":

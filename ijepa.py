@@ -540,10 +540,8 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(num_patches, dim))
         self.register_buffer("covariance", torch.eye(dim))
         self.register_buffer("matrix", torch.eye(dim))  # what x is multiplied by
-        # Sums over the micro-batches of a step.
-        self.register_buffer("sum_x", torch.zeros(num_patches, dim), persistent=False)
-        self.register_buffer("sum_xx", torch.zeros(dim, dim), persistent=False)
-        self.register_buffer("count", torch.zeros(()), persistent=False)  # of images
+        # Sums over the micro-batches of a step, each process its own (buffers are kept equal).
+        self.sum_x = self.sum_xx = self.count = 0.0
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for covariances
@@ -551,7 +549,7 @@ class Whitening(nn.Module):
             if self.training:
                 self.sum_x += x.sum(0)
                 self.sum_xx += torch.einsum("bnd,bne->de", x, x)
-                self.count += len(x)
+                self.count += x.new_full((), len(x))  # of images
             return x @ self.matrix
 
     def update(self) -> None:
@@ -564,8 +562,7 @@ class Whitening(nn.Module):
             raise ValueError("whitening needs two or more images per step, in training mode")
         shift = self.sum_x / self.count  # (N, D): mean of the batch minus the running mean
         covariance = (self.sum_xx / self.count - shift.T @ shift) / len(shift)  # (D, D)
-        for total in sums:
-            total.zero_()
+        self.sum_x = self.sum_xx = self.count = 0.0
         self.step += 1
         step = self.step.item()
         rate = max(self.rate, 1 / step)

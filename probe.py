@@ -622,7 +622,7 @@ class ProbeConfig:
         "vit_nano_cifar10", "run folder, .pt, .safetensors or included weights", positional=True
     )
     data: str | None = option(None, "dataset; default: what the encoder was trained on")
-    data_dir: str = option("data", "folder of the datasets")
+    data_dir: str | None = option(None, "folder of the datasets; default: the run's")
     img_size: int | None = option(None, "image side in pixels; default: the encoder's")
     train_images: int | None = option(None, "labeled images to learn from; default: all")
     labels_per_class: int | None = option(None, "also learn from so few labels per class")
@@ -654,9 +654,8 @@ def load_splits(config: ProbeConfig, architecture: IJEPAConfig, info: dict) -> S
         size = info["train_config"].get("img_size") or architecture.img_size
     if not isinstance(size, int) or size < 1 or size % architecture.patch_size:
         raise UserError(f"--img-size must be a multiple of {architecture.patch_size}, not {size}")
-    train_set, test_set = (
-        load_dataset(data, split, size, config.data_dir) for split in ("train", "test")
-    )
+    data_dir = config.data_dir or info["train_config"].get("data_dir", "data")
+    train_set, test_set = (load_dataset(data, split, size, data_dir) for split in ("train", "test"))
     return make_splits(train_set, test_set, config.train_images)
 
 
@@ -681,7 +680,7 @@ def main() -> None:
         encoders = {"pixels": None, "untrained": untrained, "trained": encoder}
 
     rows = []
-    with distributed(config.device) as process:
+    with distributed(config.device, alone=True) as process:
         device = process.device
         for name, network in encoders.items():
             network = network and network.to(device)

@@ -238,8 +238,8 @@ def train(
         compile_layers(model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
     ddp = model
-    if world.world_size > 1:  # buffers are equal on all processes, nothing to broadcast
-        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    if world.world_size > 1:
+        ddp = DistributedDataParallel(model)
 
     steps = range(start_step, total_steps)
     batches = train_batches(

@@ -200,7 +200,8 @@ def main() -> None:
         if not world.is_main:
             return
     results = [read_result(config, name, seed) for name, seed in runs]
-    with atomic_write(Path(config.out, "ablations.csv")) as temporary, temporary.open("w") as file:
+    path = Path(config.out, "ablations.csv")
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, results[0])
         writer.writeheader()
         writer.writerows(results)

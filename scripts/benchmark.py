@@ -79,7 +79,7 @@ def main() -> None:
     config = parse_args(BenchmarkConfig, __doc__)
     if min(config.steps, config.batch_size) < 1:
         raise UserError("--steps and --batch-size must be at least 1")
-    with distributed(config.device) as process:
+    with distributed(config.device, alone=True) as process:
         device = process.device
         bf16 = process.bf16 if config.bf16 is None else config.bf16
         times = step_times(config, device, bf16)

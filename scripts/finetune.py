@@ -65,7 +65,7 @@ class FinetuneConfig:
 
     encoder: str = option("vit_nano_cifar10", "as for probe.py", positional=True)
     data: str | None = option(None, "dataset; default: what the encoder was trained on", "data")
-    data_dir: str = option("data", "folder of the datasets", "data")
+    data_dir: str | None = option(None, "folder of the datasets; default: the run's", "data")
     img_size: int | None = option(None, "image side in pixels; default: the encoder's", "data")
     labels_fraction: float = option(1.0, "of the labeled training images, per class", "data")
 
@@ -254,7 +254,7 @@ def main() -> None:
 
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)  # timm's Mixup draws from NumPy
-    with distributed(config.device) as process:
+    with distributed(config.device, alone=True) as process:
         device = process.device
         model = Classifier(encoder, len(dataset.classes), config.drop_path).to(device)
         rows = finetune(model, splits, config, device)

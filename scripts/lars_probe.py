@@ -46,7 +46,7 @@ class LarsConfig:
 
     encoder: str = option("vit_nano_cifar10", "as for probe.py", positional=True)
     data: str | None = option(None, "dataset; default: what the encoder was trained on")
-    data_dir: str = option("data", "folder of the datasets")
+    data_dir: str | None = option(None, "folder of the datasets; default: the run's")
     img_size: int | None = option(None, "image side in pixels; default: the encoder's")
     train_images: int | None = option(None, "labeled images to learn from; default: all")
     epochs: int = option(20, "passes over the training images; the paper's: 50")
@@ -133,7 +133,7 @@ def main() -> None:
     if config.batch_size > len(indices):
         raise UserError(f"--batch-size {config.batch_size} exceeds {len(indices)} labeled images")
     print(f"linear probe by LARS: {info['file']}, {len(indices):,} labeled training images")
-    with distributed(config.device) as process:
+    with distributed(config.device, alone=True) as process:
         device = process.device
         encoder.to(device)
         heads = train_heads(encoder, splits.pop("train"), len(dataset.classes), config, device)

@@ -1,10 +1,13 @@
 """Shared by all tests: the repository root on the path, one thread, the same seed before each."""
 
+import os
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit: on the CPU everywhere
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

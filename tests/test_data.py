@@ -328,7 +328,8 @@ def test_cifar_is_loaded_into_memory_and_resized(monkeypatch):
     assert np.array_equal(train.images.permute(0, 2, 3, 1), FakeCIFAR("", True, True).data)
     assert torch.equal(test.images, train.images + 1)
     assert train.labels.tolist() == [0, 1, 1]
-    assert data.load_dataset("cifar10", "train", 48).img_size == 48
+    resized = data.load_dataset("cifar10", "train", 48)
+    assert torch.equal(resized.images, v2.functional.resize(train.images, [48, 48]))
 
 
 def test_failed_download_names_what_needs_none(monkeypatch):
@@ -442,6 +443,12 @@ def test_missing_gpu_is_a_user_error(monkeypatch):
     with data.distributed() as process:
         assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
         assert process.device == torch.device("cpu")
+
+
+def test_a_script_for_one_process_refuses_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(data.UserError, match="with python"), data.distributed("cpu", alone=True):
+        pass
 
 
 def join_and_download(rank: int, port: str, folder: Path):

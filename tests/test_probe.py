@@ -338,6 +338,17 @@ def test_safetensors_round_trip(tmp_path, half):
         assert torch.equal(a, b.half().float() if half else b)
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "/run"), ("/here", "/here")])
+def test_images_are_where_the_run_found_them(monkeypatch, given, used):
+    def load(name, split, size, data_dir):
+        raise UserError(f"{name} in {data_dir}")
+
+    monkeypatch.setattr(probe, "load_dataset", load)
+    info = {"file": "last.pt", "train_config": {"data": "cifar10", "data_dir": "/run"}}
+    with pytest.raises(UserError, match=f"cifar10 in {used}"):
+        probe.load_splits(probe.ProbeConfig("last.pt", data_dir=given), TINY, info)
+
+
 def test_figures_show_eight_images_of_different_classes_first():
     labels = torch.tensor([3, 3, 1, 3, 1, 1, 1, 1, 1])
     assert probe._examples(labels) == [2, 0, 1, 3, 4, 5, 6, 7]

@@ -355,14 +355,19 @@ def test_signals_save_and_stop(tmp_path, images, number, code, step, saved, caps
 
 
 def test_a_signal_to_one_process_stops_all(tmp_path, images, port):
-    """And leaves those that load images alone: torchrun signals them, too."""
+    """And to those that load images: torchrun signals a group of processes, schedulers all."""
+
+    def stop():
+        for loader in multiprocessing.active_children():
+            os.kill(loader.pid, signal.SIGTERM)
+        os.killpg(0, signal.SIGTERM)
 
     def process(rank: int):
         os.setsid()
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
         options = ["--data", images, *SMALL, "--workers", 1, "--out", tmp_path / "run"]
-        run(*options, at=(17 if rank == 1 else None, lambda: os.killpg(0, signal.SIGTERM)))
+        run(*options, at=(17 if rank == 1 else None, stop))
 
     processes = [start(rank, call=process) for rank in range(2)]
     for process in processes:
