@@ -66,7 +66,9 @@ from ijepa import (
 class TrainConfig:
     """Every option of a run. None: from MODELS, RECIPES or MaskCollator, or as the help says."""
 
-    model: str = option("vit_nano", "architecture and recipe", "model", choices=[*MODELS])
+    model: str | None = option(
+        None, "architecture and recipe; default: vit_nano", "model", choices=[*MODELS]
+    )
     patch_size: int | None = option(None, "side of a patch in pixels", "model")
     predictor_dim: int | None = option(None, "width of the predictor (Table 14)", "model")
     predictor_depth: int | None = option(None, "layers of the predictor (Table 12)", "model")
@@ -87,7 +89,9 @@ class TrainConfig:
         None, "weight decay at the start and at the end", "optimization"
     )
     momentum: Range | None = option(None, "of the EMA, at the start and at the end", "optimization")
-    seed: int = option(0, "of initial weights, order, crops and masks", "optimization")
+    seed: int | None = option(
+        None, "of initial weights, order, crops and masks; default: 0", "optimization"
+    )
 
     num_targets: int | None = option(None, "target blocks (Table 10)", "masks and targets")
     target_scale: Range | None = option(
@@ -112,8 +116,8 @@ class TrainConfig:
     resume: bool = option(
         False, "continue the run in --out, with its options but --device", "logging"
     )
-    eval_every: float = option(
-        1.0, "epochs between evaluations, on up to 15,000 images each", "logging"
+    eval_every: float | None = option(
+        None, "epochs between evaluations, on up to 15,000 images each; default: 1", "logging"
     )
     save_every: float = option(10.0, "minutes between checkpoints", "logging")
     wandb: bool | None = option(None, "log to Weights & Biases, too", "logging")
@@ -136,6 +140,7 @@ class Recipe:
     start_lr: float = 0.1  # of the peak, as is `final_lr`
     final_lr: float = 0.001
     beta2: float = 0.999  # of AdamW
+    eval_every: float = 1  # epochs
 
 
 # Ours, for 32-pixel images (results/README.md).
@@ -157,6 +162,7 @@ DEMO = {"epochs": 2, "warmup_epochs": 0.1, "crop_scale": (1.0, 1.0), "momentum":
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, IJEPAConfig, Recipe]:
     """Fill in the recipe's values. Raises UserError if options contradict each other."""
+    config = replace(config, model=config.model or "vit_nano", seed=config.seed or 0)
     recipe = RECIPES.get(config.model, Recipe())
     data = config.data or recipe.data
     if data == "textures":

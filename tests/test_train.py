@@ -545,6 +545,7 @@ def test_mistakes_are_one_line(tmp_path, images, capsys, options, message):
         ("--resume --warmup-epochs 2.5", "was trained with warmup_epochs 1.0, not 2.5"),
         ("--resume --batch-size 16", "was trained with batch_size 8, not 16"),
         ("--resume --target-norm layer", "target_norm"),
+        ("--resume --eval-every 1", "was trained with eval_every 0.8, not 1.0"),  # a default
     ],
 )
 def test_existing_run_stays_as_it_is(tmp_path, reference, images, capsys, options, message):
