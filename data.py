@@ -296,7 +296,7 @@ def _leave_signals(_: int) -> None:
     """Ctrl-C and torchrun signal a whole process group; only the main one is to stop."""
     if hasattr(os, "setsid"):
         os.setsid()
-        # Schedulers signal every process. Time for the main one to save; it ends this one, too.
+        # Schedulers signal every process. This one has a minute left, in which the main one saves.
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     else:  # Windows
         signal.signal(signal.SIGINT, signal.SIG_IGN)
