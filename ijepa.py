@@ -540,7 +540,7 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(num_patches, dim))
         self.register_buffer("covariance", torch.eye(dim))
         self.register_buffer("matrix", torch.eye(dim))  # what x is multiplied by
-        # Sums over the micro-batches of a step. Not buffers: DDP would overwrite all but those of rank 0.
+        # Sums over the micro-batches of a step. As buffers, DDP would make them those of rank 0.
         self.sum_x = self.sum_xx = self.count = 0.0
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
